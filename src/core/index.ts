@@ -1,0 +1,6 @@
+export * from './calls.ts'
+export * from './checks.ts'
+export * from './codec.ts'
+export * from './errors.ts'
+export * from './subjects.ts'
+export * from './types.ts'
