@@ -1,0 +1,155 @@
+/** The holder's side of a claimed job: written once for every backend. */
+
+import {
+  checkDuration,
+  checkOptions,
+  checkText,
+  type ClaimedJob,
+  closedError,
+  type Headers,
+  type Lease,
+  type NakOptions,
+  type TxOption,
+} from '../core/index.ts'
+import { retryDelayMs } from './backoff.ts'
+import type { Clock } from './clock.ts'
+import { HeldLease } from './lease.ts'
+import { Settlement } from './settlement.ts'
+
+/** A job as a backend claimed it. */
+export interface Claim {
+  readonly id: string
+  readonly queue: string
+  readonly payload: Uint8Array
+  readonly headers: Headers
+  readonly attempt: number
+  readonly maxAttempts: number
+  readonly fence: number
+  readonly expiresAt: Date
+}
+
+/** Settlements answer whether the claim was still the holder's. */
+export interface ClaimBackend<C, Tx> {
+  ack(claim: C, tx: Tx | undefined, noWait: boolean): Promise<boolean>
+  nak(claim: C, delayMs: number, error: string | undefined, noWait: boolean): Promise<boolean>
+  deadLetter(claim: C, reason: string, noWait: boolean): Promise<boolean>
+  /** The new expiry, or `null` when somebody else claimed it or it is gone. Never waits for an open transaction. */
+  heartbeat(claim: C, ttlMs: number): Promise<Date | null>
+  /** Claimable again at once. */
+  release(claim: C): Promise<void>
+}
+
+export interface ClaimContext<C, Tx> {
+  readonly clock: Clock
+  readonly backend: ClaimBackend<C, Tx>
+  readonly ttlMs: number
+  /** Local time at which the claim was asked for. */
+  readonly askedAt: number
+  checkTx(tx: Tx | undefined): void
+  isClosed(): boolean
+  /** It ended, or was given back: the bus need not hand it back. */
+  onEnd(job: HeldJob<C & Claim, Tx>): void
+}
+
+export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
+  readonly #claim: C
+  readonly #context: ClaimContext<C, Tx>
+  readonly #settlement: Settlement
+  readonly #lease: HeldLease
+
+  constructor(claim: C, context: ClaimContext<C, Tx>) {
+    this.#claim = claim
+    this.#context = context
+    const { clock, askedAt, ttlMs, backend } = context
+    const what = `job ${claim.id} (attempt ${claim.attempt})`
+    this.#settlement = new Settlement(what, clock, askedAt + ttlMs)
+    this.#lease = new HeldLease(
+      what,
+      clock,
+      { fence: claim.fence, ttlMs, expiresAt: claim.expiresAt, askedAt },
+      {
+        heartbeat: () => {
+          if (context.isClosed()) throw closedError('the bus')
+          return backend.heartbeat(claim, ttlMs)
+        },
+        release: async () => {
+          if (!this.#settlement.abandon()) return
+          context.onEnd(this)
+          await backend.release(claim)
+        },
+      },
+    )
+  }
+
+  get id(): string {
+    return this.#claim.id
+  }
+  get queue(): string {
+    return this.#claim.queue
+  }
+  get payload(): Uint8Array {
+    return this.#claim.payload
+  }
+  get headers(): Headers {
+    return this.#claim.headers
+  }
+  get attempt(): number {
+    return this.#claim.attempt
+  }
+  get maxAttempts(): number {
+    return this.#claim.maxAttempts
+  }
+  get lease(): Lease {
+    return this.#lease
+  }
+
+  async heartbeat(): Promise<void> {
+    if (this.#context.isClosed()) throw closedError('the bus')
+    const { clock, ttlMs } = this.#context
+    const askedAt = clock.now()
+    await this.#lease.heartbeat()
+    this.#settlement.deadline = Math.max(this.#settlement.deadline, askedAt + ttlMs)
+  }
+
+  async ack(options?: TxOption<Tx>): Promise<void> {
+    checkOptions(options)
+    const tx = options?.tx
+    this.#context.checkTx(tx)
+    await this.#settle(tx !== undefined, (noWait) => this.#context.backend.ack(this.#claim, tx, noWait))
+  }
+
+  async nak(delayMs?: number, options?: NakOptions): Promise<void> {
+    if (delayMs !== undefined) checkDuration('delayMs', delayMs)
+    checkOptions(options)
+    const error = options?.error
+    if (error !== undefined) checkText('error', error)
+    const delay = delayMs ?? retryDelayMs(this.#claim.attempt)
+    await this.#settle(false, (noWait) => this.#context.backend.nak(this.#claim, delay, error, noWait))
+  }
+
+  async deadLetter(reason: string): Promise<void> {
+    checkText('reason', reason)
+    await this.#settle(false, (noWait) => this.#context.backend.deadLetter(this.#claim, reason, noWait))
+  }
+
+  /** The bus closes. */
+  async handBack(): Promise<void> {
+    const mine = this.#settlement.abandon()
+    this.#lease.close()
+    this.#context.onEnd(this)
+    if (!mine) return
+    try {
+      await this.#context.backend.release(this.#claim)
+    } catch {
+      // It comes back by itself when its lease runs out.
+    }
+  }
+
+  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>): Promise<void> {
+    if (this.#context.isClosed()) throw closedError('the bus')
+    await this.#settlement.settle(inTransaction, settle)
+    if (inTransaction) return // it may be rolled back: the lease goes on
+    this.#lease.end()
+    this.#context.onEnd(this)
+  }
+}

@@ -1,0 +1,92 @@
+/**
+ * The life of one delivery or claim in the hands of its holder.
+ *
+ *   open ── ack | nak | term | deadLetter ──▶ settled
+ *   open ── ack({ tx }) ──▶ in the caller's transaction
+ *
+ * From "in the caller's transaction" a further settlement is tried on the server, because that transaction may have been
+ * rolled back, in which case nothing was settled; it never waits for a transaction that is still open. A refusal by the
+ * server (`lease_lost`) leaves the state as it was.
+ */
+
+import { alreadySettled, isBusError, leaseLost } from '../core/index.ts'
+import { reconnectDelayMs } from './backoff.ts'
+import type { Clock } from './clock.ts'
+
+/** How often a settlement whose answer was lost is asked for again. */
+const MAX_TRIES = 5
+
+/**
+ * @param noWait answer false at once where the row is locked by an open transaction
+ * @returns whether the holder still was the holder
+ */
+export type Settle = (noWait: boolean) => Promise<boolean>
+
+export class Settlement {
+  readonly #what: string
+  readonly #clock: Clock
+  /** Local time at which the server may have given it to somebody else. */
+  deadline: number
+  #state: 'open' | 'settling' | 'in-tx' | 'settled' = 'open'
+
+  constructor(what: string, clock: Clock, deadline: number) {
+    this.#what = what
+    this.#clock = clock
+    this.deadline = deadline
+  }
+
+  get open(): boolean {
+    return this.#state === 'open'
+  }
+
+  get settled(): boolean {
+    return this.#state === 'settled'
+  }
+
+  /** @throws already_settled, lease_lost */
+  async settle(inTransaction: boolean, settle: Settle): Promise<void> {
+    const before = this.#state
+    if (before === 'settled' || before === 'settling') throw alreadySettled(this.#what)
+    this.#state = 'settling'
+    try {
+      const done = inTransaction ? await settle(before === 'in-tx') : await this.#insist(() => settle(before === 'in-tx'))
+      if (!done) throw before === 'in-tx' ? alreadySettled(this.#what) : leaseLost(this.#what)
+      this.#state = inTransaction ? 'in-tx' : 'settled'
+    } catch (error) {
+      this.#state = before
+      throw error
+    }
+  }
+
+  /** Extends; never counts as a settlement. @throws already_settled, lease_lost */
+  async extend(forMs: number, extend: () => Promise<boolean>): Promise<void> {
+    if (this.#state === 'settled' || this.#state === 'settling') throw alreadySettled(this.#what)
+    const sent = this.#clock.now()
+    if (!(await extend())) throw leaseLost(this.#what)
+    this.deadline = Math.max(this.deadline, sent + forMs)
+  }
+
+  /** Marks it as given back by the bus itself. */
+  abandon(): boolean {
+    if (this.#state !== 'open') return false
+    this.#state = 'settled'
+    return true
+  }
+
+  /**
+   * The answer to a settlement may be lost with the connection. Asked again, "not yours any more" then means that the
+   * first try arrived, provided that nobody else could have got it meanwhile.
+   */
+  async #insist(settle: () => Promise<boolean>): Promise<boolean> {
+    let ambiguous = false
+    for (let tries = 1; ; tries++) {
+      try {
+        return (await settle()) || (ambiguous && this.#clock.now() < this.deadline)
+      } catch (error) {
+        if (!isBusError(error, 'connection') || tries === MAX_TRIES || this.#clock.now() >= this.deadline) throw error
+        ambiguous = true
+      }
+      await new Promise<void>((resolve) => this.#clock.setTimer(resolve, reconnectDelayMs(tries)))
+    }
+  }
+}

@@ -1,0 +1,346 @@
+/**
+ * The consume loop: written once for every backend.
+ *
+ * A delivery is, in turn,
+ *   buffered   fetched and not yet yielded: it counts as handed out, on the server too
+ *   yielded    with its holder, until it is settled or its ack wait is over
+ * and leaves the buffer without being yielded in two ways: it is *handed back* (the stream closes, or nobody asked for it
+ * in half its ack wait; the attempt is not counted), or *dropped* (its ack wait ran out before anybody asked: the server
+ * may have given it to another member).
+ *
+ * Nothing is fetched before somebody asks. How much is fetched at once follows the consumer: it doubles while a batch is
+ * used up within an eighth of the ack wait, and halves when some of it had to be handed back.
+ */
+
+import {
+  BusError,
+  checkDuration,
+  checkOptions,
+  checkText,
+  closedError,
+  type Headers,
+  isBusError,
+  type Msg,
+  type MsgStream,
+  type TxOption,
+} from '../core/index.ts'
+import { jittered, reconnectDelayMs } from './backoff.ts'
+import type { Ear } from './bell.ts'
+import type { Clock } from './clock.ts'
+import { Settlement } from './settlement.ts'
+
+/** One handed-out message as a backend fetched it. */
+export interface Delivery {
+  readonly subject: string
+  readonly payload: Uint8Array
+  readonly headers: Headers
+  readonly seq: number
+  readonly attempt: number
+  readonly publishedAt: Date
+}
+
+export interface Fetched<D> {
+  readonly deliveries: readonly D[]
+  /** There may be more at once: do not wait. */
+  readonly more: boolean
+  /** When the next redelivery of this durable is due; `null`: none is waiting. */
+  readonly dueInMs: number | null
+}
+
+/** The seam: a backend only moves messages. Settlements answer whether the delivery was still the holder's. */
+export interface DeliveryBackend<D, Tx> {
+  fetch(limit: number): Promise<Fetched<D>>
+  /** @param noWait answer false at once where an open transaction holds the row */
+  ack(delivery: D, tx: Tx | undefined, noWait: boolean): Promise<boolean>
+  nak(delivery: D, delayMs: number, noWait: boolean): Promise<boolean>
+  term(delivery: D, reason: string | undefined, noWait: boolean): Promise<boolean>
+  extend(delivery: D): Promise<boolean>
+  /** Hands back without counting the attempt. */
+  release(deliveries: readonly D[]): Promise<void>
+}
+
+export interface StreamOptions<D extends Delivery, Tx> {
+  readonly clock: Clock
+  readonly backend: DeliveryBackend<D, Tx>
+  readonly ear: Ear
+  readonly ackWaitMs: number
+  readonly maxInFlight: number
+  readonly pollIntervalMs: number
+  readonly signal: AbortSignal | undefined
+  /** Checks a caller's transaction; throws `unsupported` where there are none. */
+  checkTx(tx: Tx | undefined): void
+  isClosed(): boolean
+  /** The stream is closed and needs no closing by the bus. */
+  onClose(stream: DurableStream<D, Tx>): void
+}
+
+interface Held<D> {
+  readonly delivery: D
+  readonly fetchedAt: number
+  readonly settlement: Settlement
+}
+
+interface Waiter<Tx> {
+  resolve(result: IteratorResult<Msg<Tx>, undefined>): void
+  reject(error: unknown): void
+}
+
+const FIRST_BATCH = 16
+const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value: undefined })
+/** Errors after which the stream goes on: the server is away, or short of something. */
+const PASSING = new Set(['connection', 'unavailable', 'timeout'])
+
+export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
+  readonly #options: StreamOptions<D, Tx>
+  readonly #buffer: Held<D>[] = []
+  readonly #yielded = new Set<Held<D>>()
+  readonly #waiters: Waiter<Tx>[] = []
+  readonly #onAbort = () => void this.close()
+  #batch: number
+  #batchStartedAt = 0
+  #pumping: Promise<void> | undefined
+  #closing: Promise<void> | undefined
+  #failure: { error: unknown } | undefined
+  #cancelStale: (() => void) | undefined
+
+  constructor(options: StreamOptions<D, Tx>) {
+    this.#options = options
+    this.#batch = Math.min(FIRST_BATCH, options.maxInFlight)
+    if (options.signal?.aborted) void this.close()
+    else options.signal?.addEventListener('abort', this.#onAbort, { once: true })
+  }
+
+  [Symbol.asyncIterator](): AsyncIterator<Msg<Tx>, undefined> {
+    return { next: () => this.#next() }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  /** Ends the iterations and hands back what was not yielded (P10). Idempotent. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  /** The bus closes: what was yielded goes back as well. */
+  async handBack(): Promise<void> {
+    await this.close()
+    const yielded = [...this.#yielded].filter((held) => held.settlement.abandon())
+    this.#yielded.clear()
+    await Promise.allSettled(yielded.map((held) => this.#options.backend.nak(held.delivery, 0, true)))
+  }
+
+  async #close(): Promise<void> {
+    this.#options.signal?.removeEventListener('abort', this.#onAbort)
+    for (const waiter of this.#waiters.splice(0)) waiter.resolve(DONE)
+    this.#cancelStale?.()
+    this.#options.ear.close()
+    await this.#pumping
+    await this.#release(this.#buffer.splice(0))
+    this.#options.onClose(this)
+  }
+
+  #next(): Promise<IteratorResult<Msg<Tx>, undefined>> {
+    if (this.#closing) return Promise.resolve(DONE)
+    if (this.#failure) {
+      const { error } = this.#failure
+      void this.close()
+      return Promise.reject(error)
+    }
+    const next = new Promise<IteratorResult<Msg<Tx>, undefined>>((resolve, reject) => this.#waiters.push({ resolve, reject }))
+    this.#serve()
+    this.#pump()
+    return next
+  }
+
+  /** Gives buffered messages to those who asked. */
+  #serve(): void {
+    const { clock } = this.#options
+    while (this.#waiters.length > 0) {
+      const held = this.#buffer.shift()
+      if (!held) return
+      if (clock.now() >= held.settlement.deadline) continue // ran out before it was yielded
+      this.#yielded.add(held)
+      this.#waiters.shift()?.resolve({ done: false, value: new YieldedMsg(held, this.#options, () => this.#settled(held)) })
+    }
+  }
+
+  #settled(held: Held<D>): void {
+    if (this.#yielded.delete(held)) this.#options.ear.ring()
+  }
+
+  #pump(): void {
+    if (this.#pumping || this.#closing) return
+    this.#pumping = this.#run().finally(() => {
+      this.#pumping = undefined
+      // Somebody may have asked in the very moment the loop decided to rest.
+      if (this.#wanted() > 0 && this.#waiters.length > 0) this.#pump()
+    })
+  }
+
+  /** How many to fetch now; 0: rest. */
+  #wanted(): number {
+    if (this.#closing || this.#failure) return 0
+    if (this.#waiters.length === 0 && this.#buffer.length > this.#batch / 2) return 0
+    const now = this.#options.clock.now()
+    for (const held of this.#yielded) if (now >= held.settlement.deadline) this.#yielded.delete(held)
+    const room = this.#options.maxInFlight - this.#buffer.length - this.#yielded.size
+    return Math.max(0, Math.min(room, this.#batch))
+  }
+
+  /** Runs while somebody asks. */
+  async #run(): Promise<void> {
+    const { backend, ear, clock, pollIntervalMs } = this.#options
+    let failures = 0
+    while (!this.#closing && this.#waiters.length > 0) {
+      const limit = this.#wanted()
+      if (limit === 0) {
+        await ear.wait(this.#untilRoom())
+        continue
+      }
+      const sentAt = clock.now()
+      try {
+        const fetched = await backend.fetch(limit)
+        failures = 0
+        this.#take(fetched.deliveries, sentAt)
+        if (fetched.deliveries.length > 0 || fetched.more || this.#closing) continue
+        await ear.wait(Math.max(1, Math.min(jittered(pollIntervalMs), fetched.dueInMs ?? pollIntervalMs)))
+      } catch (error) {
+        if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
+        if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
+        await ear.wait(reconnectDelayMs(++failures))
+      }
+    }
+  }
+
+  /** How long until a yielded message that nobody settles stops counting. */
+  #untilRoom(): number {
+    const now = this.#options.clock.now()
+    let least = this.#options.pollIntervalMs
+    for (const held of this.#yielded) least = Math.min(least, held.settlement.deadline - now)
+    return Math.max(1, least)
+  }
+
+  #take(deliveries: readonly D[], sentAt: number): void {
+    const { clock, ackWaitMs, maxInFlight } = this.#options
+    const now = clock.now()
+    if (deliveries.length > 0) {
+      if (this.#batchStartedAt > 0 && this.#buffer.length === 0 && now - this.#batchStartedAt < ackWaitMs / 8) {
+        this.#batch = Math.min(maxInFlight, this.#batch * 2)
+      }
+      this.#batchStartedAt = now
+    }
+    for (const delivery of deliveries) {
+      const settlement = new Settlement(`message ${delivery.seq} (attempt ${delivery.attempt})`, clock, sentAt + ackWaitMs)
+      this.#buffer.push({ delivery, fetchedAt: sentAt, settlement })
+    }
+    this.#serve()
+    this.#watchStale()
+  }
+
+  /** What nobody asks for within half its ack wait goes back to the other members. */
+  #watchStale(): void {
+    const oldest = this.#buffer[0]
+    if (this.#cancelStale || this.#closing || !oldest) return
+    const { clock, ackWaitMs } = this.#options
+    const due = oldest.fetchedAt + ackWaitMs / 2
+    this.#cancelStale = clock.setTimer(
+      () => {
+        this.#cancelStale = undefined
+        const now = clock.now()
+        const stale = this.#buffer.filter((held) => held.fetchedAt + ackWaitMs / 2 <= now)
+        if (stale.length > 0) {
+          this.#buffer.splice(0, stale.length)
+          this.#batch = Math.max(1, Math.floor(this.#batch / 2))
+          this.#batchStartedAt = 0
+          void this.#release(stale)
+        }
+        this.#watchStale()
+      },
+      due - clock.now(),
+      true,
+    )
+  }
+
+  async #release(held: readonly Held<D>[]): Promise<void> {
+    if (held.length === 0) return
+    try {
+      await this.#options.backend.release(held.map(({ delivery }) => delivery))
+    } catch {
+      // They come back by themselves when their ack wait is over.
+    }
+  }
+
+  #fail(error: unknown): void {
+    const waiter = this.#waiters.shift()
+    if (waiter) {
+      waiter.reject(error)
+      void this.close()
+    } else this.#failure = { error }
+  }
+}
+
+class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
+  readonly #held: Held<D>
+  readonly #options: StreamOptions<D, Tx>
+  readonly #onSettled: () => void
+
+  constructor(held: Held<D>, options: StreamOptions<D, Tx>, onSettled: () => void) {
+    this.#held = held
+    this.#options = options
+    this.#onSettled = onSettled
+  }
+
+  get subject(): string {
+    return this.#held.delivery.subject
+  }
+  get payload(): Uint8Array {
+    return this.#held.delivery.payload
+  }
+  get headers(): Headers {
+    return this.#held.delivery.headers
+  }
+  get seq(): number {
+    return this.#held.delivery.seq
+  }
+  get attempt(): number {
+    return this.#held.delivery.attempt
+  }
+  get publishedAt(): Date {
+    return this.#held.delivery.publishedAt
+  }
+
+  async ack(options?: TxOption<Tx>): Promise<void> {
+    checkOptions(options)
+    const tx = options?.tx
+    this.#options.checkTx(tx)
+    await this.#settle(tx !== undefined, (noWait) => this.#options.backend.ack(this.#held.delivery, tx, noWait))
+  }
+
+  async nak(delayMs = 0): Promise<void> {
+    checkDuration('delayMs', delayMs)
+    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait))
+  }
+
+  async term(reason?: string): Promise<void> {
+    if (reason !== undefined) checkText('reason', reason)
+    await this.#settle(false, (noWait) => this.#options.backend.term(this.#held.delivery, reason, noWait))
+  }
+
+  async extend(): Promise<void> {
+    this.#checkOpen()
+    await this.#held.settlement.extend(this.#options.ackWaitMs, () => this.#options.backend.extend(this.#held.delivery))
+  }
+
+  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>): Promise<void> {
+    this.#checkOpen()
+    await this.#held.settlement.settle(inTransaction, settle)
+    this.#onSettled()
+  }
+
+  #checkOpen(): void {
+    if (this.#options.isClosed()) throw closedError('the bus')
+  }
+}
