@@ -110,6 +110,7 @@ create sequence klieo.kv_revision cache 1;
 create table klieo.kv_entries (
   bucket text collate "C" not null,
   key text collate "C" not null,
+  tx xid8 not null default pg_current_xact_id(),
   revision bigint not null,
   updated_at timestamptz not null,
   expires_at timestamptz,
@@ -122,6 +123,7 @@ alter sequence klieo.kv_revision owned by klieo.kv_entries.revision;
 comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone, so that its revisions grow for ever.';
 comment on column klieo.kv_entries.bucket is 'The bucket; dedup.<queue> holds the idempotency records of a queue.';
 comment on column klieo.kv_entries.key is 'The key.';
+comment on column klieo.kv_entries.tx is 'The transaction that wrote the entry: tells a starting watch what it will see again among the changes.';
 comment on column klieo.kv_entries.revision is 'Grows with every change of the key; drawn after the row is locked.';
 comment on column klieo.kv_entries.updated_at is 'When it changed, by the database clock.';
 comment on column klieo.kv_entries.expires_at is 'When the entry is absent; null: never. An idempotency record also lives as long as its job.';

@@ -144,10 +144,10 @@ begin
   -- A statement of its own: it sees what the publisher that was waited for has committed.
   return query
     select
-      case when fresh.is then v_seqs[i.n] else (select d.seq from klieo.message_ids d where d.msg_id = i.msg_id) end,
-      not fresh.is
+      case when fresh.yes then v_seqs[i.n] else (select d.seq from klieo.message_ids d where d.msg_id = i.msg_id) end,
+      not fresh.yes
     from unnest(publish_many.msg_ids) with ordinality as i(msg_id, n),
-      lateral (select i.msg_id is null or v_seqs[i.n] = any(v_new)) as fresh(is)
+      lateral (select i.msg_id is null or v_seqs[i.n] = any(v_new)) as fresh(yes)
     order by i.n;
 end
 $$;
@@ -523,7 +523,7 @@ begin
   insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
   values (kv_put.bucket, kv_put.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_put.value)
   on conflict (bucket, key) do update
-    set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
+    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
   returning e.revision, e.updated_at into v_revision, v_at;
   insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_put.bucket, kv_put.key, kv_put.value);
   return v_revision;
@@ -545,12 +545,12 @@ begin
     insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
     values (kv_cas.bucket, kv_cas.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_cas.value)
     on conflict (bucket, key) do update
-      set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
+      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
       where e.value is null or e.expires_at <= clock_timestamp()
     returning e.revision, e.updated_at into v_revision, v_at;
   else
     update klieo.kv_entries e
-    set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
+    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
     where e.bucket = kv_cas.bucket
       and e.key = kv_cas.key
       and e.revision = kv_cas.expected
@@ -576,7 +576,7 @@ declare
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
   update klieo.kv_entries e
-  set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
+  set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
   where e.bucket = kv_delete.bucket
     and e.key = kv_delete.key
     and e.value is not null
@@ -617,7 +617,7 @@ begin
       for no key update skip locked
     ), buried as (
       update klieo.kv_entries e
-      set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
+      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
       from expired
       where e.bucket = expired.bucket and e.key = expired.key
       returning e.bucket, e.key, e.revision, e.updated_at
@@ -634,7 +634,7 @@ comment on function klieo.kv_expire(int) is 'Turns expired entries into tombston
 -- ---------------------------------------------------------------- jobs
 
 create function klieo.enqueue_many(
-  queue text, payloads bytea, starts int[], lengths int[], headers text[], dedup_keys text[], max_attempts int[],
+  queues text[], payloads bytea, starts int[], lengths int[], headers text[], dedup_keys text[], max_attempts int[],
   delays_ms bigint[], run_ats timestamptz[], priorities int[])
 returns table (id bigint, added boolean)
 language plpgsql as $$
@@ -649,11 +649,11 @@ begin
     return query
       with stored as (
         insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
-        select enqueue_many.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
+        select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
           substring(enqueue_many.payloads from i.start for i.length)
-        from unnest(enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts, enqueue_many.delays_ms,
-            enqueue_many.run_ats, enqueue_many.priorities)
-            with ordinality as i(start, length, headers, max_attempts, delay_ms, run_at, priority, n),
+        from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+            enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
+            with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
           lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
         order by i.n
         returning j.id
@@ -667,18 +667,18 @@ begin
     -- The record is written before the job and in its transaction. Sorted, so that two batches do not deadlock; a key
     -- whose enqueuer has not committed yet is waited for.
     with firsts as (
-      select distinct on (i.key) i.key, v_ids[i.n] as id
-      from unnest(enqueue_many.dedup_keys) with ordinality as i(key, n)
-      where i.key is not null and not coalesce(v_ids[i.n] = any(v_new), false)
-      order by i.key, i.n
+      select distinct on (i.queue, i.key) i.queue, i.key, v_ids[i.n] as id
+      from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+      where i.key is not null
+      order by i.queue, i.key, i.n
     ), taken as (
       insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
-      select 'dedup.' || enqueue_many.queue, firsts.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + interval '24 hours',
+      select 'dedup.' || firsts.queue, firsts.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + interval '24 hours',
         convert_to(firsts.id::text, 'UTF8')
       from firsts
-      order by firsts.key
+      order by firsts.queue, firsts.key
       on conflict (bucket, key) do update
-        set revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = excluded.expires_at, value = excluded.value
+        set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = excluded.expires_at, value = excluded.value
         where e.value is null or (e.expires_at <= clock_timestamp() and not klieo.dedup_lives(e.bucket, e.value))
       returning e.bucket, e.key, e.revision, e.updated_at, e.value
     ), logged as (
@@ -690,18 +690,18 @@ begin
     -- A statement of its own: it sees what was waited for.
     select array_agg(case when i.key is null then v_ids[i.n] else convert_from(e.value, 'UTF8')::bigint end order by i.n), bool_or(i.key is not null and e.value is null)
     into v_found, v_missing
-    from unnest(enqueue_many.dedup_keys) with ordinality as i(key, n)
-    left join klieo.kv_entries e on e.bucket = 'dedup.' || enqueue_many.queue and e.key = i.key;
+    from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+    left join klieo.kv_entries e on e.bucket = 'dedup.' || i.queue and e.key = i.key;
     -- A record that was deleted between the two statements: once more.
-    exit when not v_missing;
+    exit when not coalesce(v_missing, false);
   end loop;
 
   insert into klieo.jobs (id, queue, run_at, visible_at, max_attempts, priority, dedup_key, headers, payload)
-  select v_ids[i.n], enqueue_many.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), i.key, coalesce(i.headers::jsonb, '{}'),
+  select v_ids[i.n], i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), i.key, coalesce(i.headers::jsonb, '{}'),
     substring(enqueue_many.payloads from i.start for i.length)
-  from unnest(enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts, enqueue_many.delays_ms,
-      enqueue_many.run_ats, enqueue_many.priorities, enqueue_many.dedup_keys)
-      with ordinality as i(start, length, headers, max_attempts, delay_ms, run_at, priority, key, n),
+  from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+      enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities, enqueue_many.dedup_keys)
+      with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, key, n),
     lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
   where i.key is null or v_ids[i.n] = any(v_new)
   order by i.n;
@@ -712,7 +712,7 @@ begin
     order by f.n;
 end
 $$;
-comment on function klieo.enqueue_many(text, bytea, int[], int[], text[], text[], int[], bigint[], timestamptz[], int[]) is
+comment on function klieo.enqueue_many(text[], bytea, int[], int[], text[], text[], int[], bigint[], timestamptz[], int[]) is
   'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
 create function klieo.enqueue(
@@ -737,7 +737,7 @@ begin
   end if;
   select j.id into v_id
   from klieo.enqueue_many(
-    enqueue.queue, enqueue.payload, array[1], array[octet_length(enqueue.payload)], array[enqueue.headers::text],
+    array[enqueue.queue], enqueue.payload, array[1], array[octet_length(enqueue.payload)], array[enqueue.headers::text],
     case when enqueue.dedup_key is not null then array[enqueue.dedup_key] end, array[enqueue.max_attempts], null,
     array[enqueue.run_at], array[enqueue.priority]) j;
   return v_id;
@@ -1156,7 +1156,7 @@ comment on function klieo.prune_rest(bigint, int) is 'Removes old dead jobs, mes
 
 create function klieo.presence_class() returns int
 language sql immutable parallel safe as $$
-  select ('x' || left(md5('klieo-bus presence klieo.'), 8))::bit(32)::int
+  select ('x' || left(md5('klieo.presence'), 8))::bit(32)::int
 $$;
 comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
 

@@ -118,6 +118,11 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     return this.close()
   }
 
+  /** Messages it yielded are still with their holders. */
+  get holds(): boolean {
+    return this.#yielded.size > 0
+  }
+
   /** Ends the iterations and hands back what was not yielded (P10). Idempotent. */
   close(): Promise<void> {
     this.#closing ??= this.#close()
@@ -168,7 +173,9 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   }
 
   #settled(held: Held<D>): void {
-    if (this.#yielded.delete(held)) this.#options.ear.ring()
+    if (!this.#yielded.delete(held)) return
+    this.#options.ear.ring()
+    if (this.#closing && !this.holds) this.#options.onClose(this)
   }
 
   #pump(): void {

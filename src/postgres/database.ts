@@ -1,0 +1,245 @@
+/**
+ * The bus's way to the server: its own statements on the pool, and those in a caller's transaction.
+ *
+ * Own statements are prepared and each is its own transaction. They need READ COMMITTED, durable commits and a primary;
+ * where the role's defaults are others, each is wrapped in a transaction that says so ("explicit" mode, slower and right).
+ * Where the pool goes through a pooler that cannot keep prepared statements, they are sent unprepared.
+ */
+
+import { createHash } from 'node:crypto'
+import { CompiledQuery, type Transaction } from 'kysely'
+import pg from 'pg'
+import { BusError, closedError, invalid, kindOf } from '../core/index.ts'
+import { reconnectDelayMs } from '../runtime/backoff.ts'
+import { isTransient, sqlState, toBusError } from './errors.ts'
+import { inSchema } from './schema-name.ts'
+
+/** Any client's open transaction: what adapters turn theirs into. */
+export interface QueryableTx {
+  query(text: string, values: unknown[]): Promise<{ rows: unknown[] }>
+}
+
+/** The transaction the caller already has open: a `pg` client, a Kysely transaction, or an object with `query`. */
+// biome-ignore lint/suspicious/noExplicitAny: a Kysely transaction of whatever database type the caller has
+export type PostgresTx = QueryableTx | pg.ClientBase | Transaction<any>
+
+export type Row = Readonly<Record<string, unknown>>
+
+const MAX_TRIES = 5
+
+/** Parsers of our own, so that neither the session's DateStyle nor an app's changes to pg's parsers reach us. */
+const parsers: Readonly<Record<number, (text: string) => unknown>> = {
+  16: (text) => text === 't',
+  17: (text) => new Uint8Array(text.startsWith('\\x') ? Buffer.from(text.slice(2), 'hex') : (pg.types.getTypeParser(17) as (t: string) => Buffer)(text)),
+  20: Number,
+  21: Number,
+  23: Number,
+  701: Number,
+  114: JSON.parse,
+  3802: JSON.parse,
+}
+const types = { getTypeParser: (oid: number) => parsers[oid] ?? ((text: string) => text) }
+
+export class Database {
+  readonly pool: pg.Pool
+  readonly schema: string
+  readonly #ownsPool: boolean
+  readonly #texts = new Map<string, { name: string; text: string }>()
+  readonly #onPoolError = () => {
+    this.#suspect = true
+  }
+  #prepare = true
+  #explicit = false
+  /** The connection was lost: what answers next may be another cluster. */
+  #suspect = false
+  #checking: Promise<void> | undefined
+  #closed = false
+
+  constructor(pool: pg.Pool, ownsPool: boolean, schema: string) {
+    this.pool = pool
+    this.schema = schema
+    this.#ownsPool = ownsPool
+    pool.on('error', this.#onPoolError)
+  }
+
+  /**
+   * Looks at what the server is.
+   * @throws unsupported for a standby or an old server, connection, permission_denied
+   */
+  async open(): Promise<void> {
+    const [server] = await this.#send<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string }>(
+      `select current_setting('server_version_num')::int as version, pg_is_in_recovery() as standby,
+         current_setting('default_transaction_isolation') as isolation, current_setting('synchronous_commit') as durable,
+         current_setting('default_transaction_read_only') as readonly`,
+      [],
+      'connect',
+    )
+    if (!server) throw new BusError('internal', 'connect: the server answered nothing')
+    if (server.standby) throw new BusError('unsupported', 'connect: this server is a standby, which cannot write; connect to the primary')
+    if (server.version < 140_000) {
+      throw new BusError('unsupported', `connect: PostgreSQL 14 or newer is needed, this is ${Math.floor(server.version / 10_000)}`)
+    }
+    this.#explicit = server.isolation !== 'read committed' || server.durable === 'off' || server.readonly === 'on'
+  }
+
+  /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
+  async query<R extends Row = Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+    if (this.#suspect) await this.#check()
+    for (let tries = 1; ; tries++) {
+      try {
+        return await this.#send<R>(text, values, doing)
+      } catch (error) {
+        if (!(await this.#remedy(error, tries))) {
+          const busError = toBusError(error, doing)
+          if (busError.code === 'connection') this.#suspect = true
+          throw busError
+        }
+      }
+    }
+  }
+
+  /** A statement in the caller's transaction. Nothing is repeated there. */
+  async queryIn<R extends Row = Row>(tx: PostgresTx, text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+    if (this.#closed) throw closedError('the bus')
+    const sql = this.#statement(text).text
+    try {
+      if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
+      return (await (tx as QueryableTx).query(sql, [...values])).rows as R[]
+    } catch (error) {
+      throw toBusError(error, doing)
+    }
+  }
+
+  /** A connection for statements that belong together; always given back. */
+  async withClient<T>(work: (client: pg.PoolClient) => Promise<T>, doing: string): Promise<T> {
+    let client: pg.PoolClient
+    try {
+      client = await this.pool.connect()
+    } catch (error) {
+      throw toBusError(error, doing)
+    }
+    let failure: unknown
+    // A connection that breaks while it is out must not end the process.
+    const onError = (error: unknown) => {
+      failure ??= error
+    }
+    client.on('error', onError)
+    try {
+      return await work(client)
+    } catch (error) {
+      failure ??= error
+      throw error
+    } finally {
+      client.off('error', onError)
+      client.release(failure !== undefined && sqlState(failure) === undefined)
+    }
+  }
+
+  text(sql: string): string {
+    return this.#statement(sql).text
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true
+    this.pool.off('error', this.#onPoolError)
+    if (!this.#ownsPool) return
+    this.pool.on('error', () => {})
+    await this.pool.end()
+  }
+
+  async #send<R extends Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+    if (this.#closed) throw closedError('the bus')
+    const statement = this.#statement(text)
+    const query = { ...(this.#prepare ? statement : { text: statement.text }), values: [...values], types } as pg.QueryConfig
+    if (!this.#explicit) return (await this.pool.query<R>(query)).rows
+    return this.withClient(async (client) => {
+      await client.query('begin isolation level read committed read write')
+      try {
+        await client.query('set local synchronous_commit = on')
+        const { rows } = await client.query<R>(query)
+        await client.query('commit')
+        return rows
+      } catch (error) {
+        await client.query('rollback').catch(() => {})
+        throw error
+      }
+    }, doing)
+  }
+
+  #statement(text: string): { name: string; text: string } {
+    const known = this.#texts.get(text)
+    if (known) return known
+    const own = inSchema(text, this.schema)
+    const statement = { name: `klieo_${createHash('sha256').update(own).digest('hex').slice(0, 24)}`, text: own }
+    this.#texts.set(text, statement)
+    return statement
+  }
+
+  /** Whether the statement may be sent again. */
+  async #remedy(error: unknown, tries: number): Promise<boolean> {
+    if (tries >= MAX_TRIES) return false
+    const state = sqlState(error)
+    if (isTransient(error)) {
+      await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
+      return true
+    }
+    // A prepared statement that is not there, there already, or out of date: the pooler, DISCARD ALL, or a migration.
+    if (this.#prepare && (state === '26000' || state === '42P05' || state === '0A000')) {
+      this.#prepare = false
+      return true
+    }
+    if (!this.#explicit && state === 'KB003') {
+      this.#explicit = true
+      return true
+    }
+    if (state === 'KB004') {
+      await this.repair()
+      return true
+    }
+    return false
+  }
+
+  /** After a lost connection, once: the server may have been replaced by one that was restored from a dump. */
+  #check(): Promise<void> {
+    this.#checking ??= this.#send<{ restored: boolean }>('select klieo.restored() as restored', [], 'reconnect')
+      .then(async ([row]) => {
+        if (row?.restored) await this.repair()
+        this.#suspect = false
+      })
+      .catch((error) => {
+        throw toBusError(error, 'reconnect')
+      })
+      .finally(() => {
+        this.#checking = undefined
+      })
+    return this.#checking
+  }
+
+  /** Makes the log of a restored database deliverable again; does nothing when it is not needed. */
+  async repair(): Promise<void> {
+    await this.#send('select klieo.rebase()', [], 'repair the restored log')
+  }
+}
+
+// biome-ignore lint/suspicious/noExplicitAny: see PostgresTx
+function isKysely(tx: PostgresTx): tx is Transaction<any> {
+  return 'executeQuery' in tx && typeof tx.executeQuery === 'function'
+}
+
+/** @throws invalid_argument for what is no transaction */
+export function checkTx(tx: unknown): void {
+  if (tx === undefined) return
+  if (typeof tx !== 'object' || tx === null) throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
+  if ('executeQuery' in tx && typeof tx.executeQuery === 'function') {
+    if ('isTransaction' in tx && tx.isTransaction === false) {
+      throw new BusError('invalid_argument', `tx (${kindOf(tx)}) must be a Kysely transaction, not the Kysely instance itself`)
+    }
+    return
+  }
+  if (!('query' in tx) || typeof tx.query !== 'function') {
+    throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
+  }
+  if (tx instanceof pg.Pool || ('totalCount' in tx && 'idleCount' in tx)) {
+    throw new BusError('invalid_argument', 'tx (a pool) must be a client that has a transaction open: a pool sends each statement on any connection')
+  }
+}

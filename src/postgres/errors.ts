@@ -1,0 +1,96 @@
+/** The one place where what Postgres and its driver throw becomes a BusError. */
+
+import { BusError, type BusErrorCode } from '../core/index.ts'
+
+interface DriverError {
+  readonly code?: unknown
+  readonly message?: unknown
+  readonly constraint?: unknown
+}
+
+interface Verdict {
+  readonly code: BusErrorCode
+  readonly hint: string
+  readonly retryable?: boolean
+}
+
+const BY_STATE: Readonly<Record<string, Verdict>> = {
+  '40001': { code: 'conflict', hint: 'the transaction met a concurrent one; repeat it', retryable: true },
+  '40P01': { code: 'conflict', hint: 'the transaction was chosen to end a deadlock; repeat it', retryable: true },
+  '25P02': { code: 'conflict', hint: 'the transaction has failed before; roll it back' },
+  '55P03': { code: 'timeout', hint: 'a lock was not granted in time; try again', retryable: true },
+  '57014': { code: 'timeout', hint: 'the server cancelled the statement; raise statement_timeout or find what it waited for' },
+  '25006': { code: 'connection', hint: 'the server is read-only; connect to the primary' },
+  '25P03': { code: 'connection', hint: 'the server ended an idle transaction' },
+  '25P04': { code: 'connection', hint: 'the server ended a long transaction' },
+  '54000': { code: 'payload_too_large', hint: 'something is larger than the server takes' },
+  '23514': { code: 'invalid_argument', hint: 'a table of the bus refuses the value' },
+  '42P01': { code: 'schema_outdated', hint: 'the tables of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true' },
+  '42703': { code: 'schema_outdated', hint: 'the tables of the bus are old; run `klieo-bus migrate` or connect with migrate: true' },
+  '42883': { code: 'schema_outdated', hint: 'the functions of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true' },
+  '3F000': { code: 'schema_outdated', hint: 'the schema of the bus is missing; run `klieo-bus migrate` or connect with migrate: true' },
+  '42501': { code: 'permission_denied', hint: 'the role may not do this; grant it the rights' },
+  '3D000': { code: 'not_found', hint: 'the database does not exist; create it' },
+  KB001: { code: 'not_found', hint: 'the durable does not exist; it was deleted, or never subscribed to' },
+  KB002: { code: 'invalid_argument', hint: 'tx must not be a transaction that has written' },
+}
+
+const BY_CLASS: Readonly<Record<string, Verdict>> = {
+  '08': { code: 'connection', hint: 'the connection to the server was lost; a write may or may not have happened' },
+  '22': { code: 'invalid_argument', hint: 'the server refuses a value' },
+  '28': { code: 'permission_denied', hint: 'the server refused the login' },
+  '53': { code: 'unavailable', hint: 'the server lacks a resource (connections, memory or disk); try again later' },
+  '57': { code: 'connection', hint: 'the server ended the connection; a write may or may not have happened' },
+}
+
+/** Errors of the network from before anything was sent: repeating is safe. */
+const NEVER_SENT = new Set(['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'ENOENT', 'EHOSTUNREACH', 'ENETUNREACH'])
+const LOST = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ECONNABORTED'])
+const LOST_TEXT = /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
+const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
+
+export function sqlState(error: unknown): string | undefined {
+  const code = (error as DriverError | undefined)?.code
+  return typeof code === 'string' && /^[0-9A-Z]{5}$/.test(code) ? code : undefined
+}
+
+/** @param doing what was being done, for the message */
+export function toBusError(error: unknown, doing: string): BusError {
+  if (error instanceof BusError) return error
+  const { code: state, message, constraint } = (error ?? {}) as DriverError
+  const text = typeof message === 'string' && message !== '' ? message : String(state ?? 'unknown error')
+  const verdict = judge(typeof state === 'string' ? state : '', text, constraint, error)
+  return new BusError(verdict.code, `${doing}: ${verdict.hint} (${text})`, { cause: error, ...retryable(verdict) })
+}
+
+function retryable(verdict: Verdict): { retryable?: boolean } {
+  return verdict.retryable === undefined ? {} : { retryable: verdict.retryable }
+}
+
+function judge(code: string, text: string, constraint: unknown, error: unknown): Verdict {
+  if (typeof constraint === 'string' && constraint.endsWith('_size')) {
+    return { code: 'payload_too_large', hint: 'a payload or its headers are larger than the tables of the bus take' }
+  }
+  const known = BY_STATE[code]
+  if (known) return known
+  if (NEVER_SENT.has(code) || (error instanceof AggregateError && error.errors.length > 0)) {
+    return { code: 'connection', hint: 'the server cannot be reached', retryable: true }
+  }
+  if (LOST.has(code) || LOST_TEXT.test(text)) {
+    return { code: 'connection', hint: 'the connection to the server was lost; a write may or may not have happened' }
+  }
+  if (POOL_FULL_TEXT.test(text)) {
+    return { code: 'unavailable', hint: 'no connection of the pool was free in time; raise its size or its connectionTimeoutMillis' }
+  }
+  if (/^[0-9A-Z]{5}$/.test(code)) {
+    const byClass = BY_CLASS[code.slice(0, 2)]
+    if (byClass) return byClass
+  }
+  return { code: 'internal', hint: 'unexpected error' }
+}
+
+/** The same statement may be sent again at once: a serialization failure or deadlock, or two who changed the same catalog row. */
+export function isTransient(error: unknown): boolean {
+  const state = sqlState(error)
+  return state === '40001' || state === '40P01' || (state === 'XX000' && /tuple concurrently (updated|deleted)/.test(String((error as Error).message)))
+}

@@ -1,0 +1,34 @@
+/** The statements of the job queue. Whatever may run in a caller's transaction takes and answers text. */
+
+/** $1 queues, $2 payloads, $3 starts, $4 lengths, then or null: $5 headers, $6 dedup keys, $7 max attempts, $8 delays in ms, $9 due times, $10 priorities */
+export const ENQUEUE = `
+  select e.id::text as id, e.added::text as added, pg_current_xact_id()::text as tx
+  from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
+    $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
+
+/** $1 queue, $2 worker, $3 lease in ms, $4 jobs */
+export const CLAIM = `
+  select id::text as id, payload, headers, attempt, max_attempts, fence, token::text as token, extract(epoch from expires_at) * 1000 as expires_at_ms
+  from klieo.claim_jobs($1, $2, $3, $4)`
+
+export const NEXT_JOB = `select klieo.next_job_in_ms($1) as due_in_ms`
+
+/** $1 ids, $2 tokens, $3 whether to pass over locked rows */
+export const ACK_JOBS = `
+  select id::text as id from klieo.ack_jobs($1::text::bigint[], $2::text::uuid[], $3::text::boolean) as id`
+
+/** $1 ids, $2 tokens, $3 delays in ms, $4 errors, $5 whether to pass over locked rows */
+export const NAK_JOBS = `
+  select id::text as id from klieo.nak_jobs($1::text::bigint[], $2::text::uuid[], $3::text::bigint[], $4::text::text[], $5::text::boolean) as id`
+
+/** $1 ids, $2 tokens, $3 reasons, $4 whether to pass over locked rows */
+export const DEAD_LETTER_JOBS = `
+  select id::text as id from klieo.dead_letter_jobs($1::text::bigint[], $2::text::uuid[], $3::text::text[], $4::text::boolean) as id`
+
+/** $1 ids, $2 tokens */
+export const RELEASE_JOBS = `
+  select id::text as id from klieo.release_jobs($1::text::bigint[], $2::text::uuid[]) as id`
+
+/** $1 id, $2 token, $3 lease in ms */
+export const HEARTBEAT_JOB = `
+  select extract(epoch from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3)) * 1000 as expires_at_ms`

@@ -1,0 +1,298 @@
+import {
+  type CheckedJob,
+  type ClaimedJob,
+  type ClaimManyOptions,
+  type ClaimOptions,
+  checkBatch,
+  checkDuration,
+  checkId,
+  checkJob,
+  checkLimit,
+  checkOptions,
+  checkQueue,
+  checkSignal,
+  type Headers,
+  type Job,
+  type JobId,
+  type JobQueue,
+  MAX_WAIT_MS,
+  type TxOption,
+} from '../core/index.ts'
+import { jittered } from '../runtime/backoff.ts'
+import { Batcher } from '../runtime/batcher.ts'
+import type { Topic } from '../runtime/bell.ts'
+import { type Claim, type ClaimBackend, HeldJob } from '../runtime/claimed-job.ts'
+import { longPoll } from '../runtime/long-poll.ts'
+import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import type { Context } from './context.ts'
+import { checkTx, type PostgresTx } from './database.ts'
+import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, NAK_JOBS, NEXT_JOB, RELEASE_JOBS } from './jobs.sql.ts'
+import { MAX_STATEMENT_BYTES, tooMuch } from './pubsub.ts'
+
+const MAX_ENQUEUE_BATCH_BYTES = 4 * 1024 * 1024
+
+interface Enqueue {
+  readonly queue: string
+  readonly job: CheckedJob
+}
+
+interface EnqueueRow extends Record<string, unknown> {
+  readonly id: string
+  readonly added: string
+  readonly tx: string
+}
+
+interface PgClaim extends Claim {
+  readonly token: string
+}
+
+interface ClaimRow extends Record<string, unknown> {
+  readonly id: string
+  readonly payload: Uint8Array
+  readonly headers: Headers
+  readonly attempt: number
+  readonly max_attempts: number
+  readonly fence: number
+  readonly token: string
+  readonly expires_at_ms: string
+}
+
+interface Nak {
+  readonly claim: PgClaim
+  readonly delayMs: number
+  readonly error: string | undefined
+}
+
+export class PostgresJobs implements JobQueue<PostgresTx> {
+  readonly #context: Context
+  readonly #held = new Set<HeldJob<PgClaim, PostgresTx>>()
+  readonly #enqueues: Batcher<Enqueue, JobId>
+  readonly #acks: Batcher<PgClaim, boolean>
+  readonly #naks: Batcher<Nak, boolean>
+  readonly #releases: Batcher<PgClaim, boolean>
+
+  constructor(context: Context) {
+    this.#context = context
+    this.#enqueues = new Batcher((enqueues) => this.#enqueue(enqueues), {
+      weight: ({ job }) => job.payload.byteLength,
+      maxWeight: MAX_ENQUEUE_BATCH_BYTES,
+    })
+    this.#acks = new Batcher((claims) => this.#ack(claims))
+    this.#naks = new Batcher((naks) => this.#nak(naks, false))
+    this.#releases = new Batcher((claims) => this.#settle(RELEASE_JOBS, claims, [], 'release'))
+  }
+
+  async enqueue(queue: string, job: Job, options: TxOption<PostgresTx> = {}): Promise<JobId> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkOptions(options)
+    checkTx(options.tx)
+    const enqueue = { queue, job: checkJob(job, this.#context.maxPayloadBytes) }
+    if (options.tx !== undefined) return (await this.#enqueueIn(options.tx, [enqueue]))[0] as JobId
+    // A dedup key may have to wait for somebody's open transaction; nobody else's enqueue waits along.
+    if (enqueue.job.dedupKey !== undefined) return (await this.#enqueue([enqueue]))[0] as JobId
+    return this.#enqueues.add(enqueue)
+  }
+
+  async enqueueMany(queue: string, jobs: readonly Job[], options: TxOption<PostgresTx> = {}): Promise<JobId[]> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkOptions(options)
+    checkTx(options.tx)
+    checkBatch('jobs', jobs)
+    const enqueues = jobs.map((job) => ({ queue, job: checkJob(job, this.#context.maxPayloadBytes) }))
+    if (enqueues.length === 0) return []
+    return options.tx === undefined ? this.#enqueue(enqueues) : this.#enqueueIn(options.tx, enqueues)
+  }
+
+  async claim(queue: string, workerId: string, leaseTtlMs: number, options: ClaimOptions = {}): Promise<ClaimedJob<PostgresTx> | null> {
+    checkOptions(options)
+    return (await this.claimMany(queue, workerId, leaseTtlMs, { ...options, limit: 1 }))[0] ?? null
+  }
+
+  async claimMany(queue: string, workerId: string, leaseTtlMs: number, options: ClaimManyOptions): Promise<ClaimedJob<PostgresTx>[]> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkId('workerId', workerId)
+    checkDuration('leaseTtlMs', leaseTtlMs, 1)
+    checkOptions(options)
+    const { limit, waitMs = 0, signal } = options
+    checkLimit(limit)
+    checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
+    checkSignal(signal)
+    const { clock, bell, pollIntervalMs } = this.#context
+    const found = await longPoll({
+      clock,
+      waitMs,
+      signal,
+      ear: bell.listen({ kind: 'queue', name: queue }),
+      attempt: async () => {
+        const jobs = await this.#claim(queue, workerId, leaseTtlMs, limit)
+        return jobs.length > 0 ? jobs : undefined
+      },
+      pauseMs: async () => {
+        const [row] = await this.#context.db.query<{ due_in_ms: number | null }>(NEXT_JOB, [queue], 'claim')
+        return Math.min(jittered(pollIntervalMs), row?.due_in_ms ?? pollIntervalMs)
+      },
+    })
+    return found ?? []
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...this.#held].map((job) => job.handBack()))
+  }
+
+  async #claim(queue: string, workerId: string, ttlMs: number, limit: number): Promise<HeldJob<PgClaim, PostgresTx>[]> {
+    const { clock, db } = this.#context
+    this.#context.checkOpen()
+    const askedAt = clock.now()
+    const rows = await db.query<ClaimRow>(CLAIM, [queue, workerId, ttlMs, limit], 'claim')
+    const jobs = rows.map(
+      (row) =>
+        new HeldJob<PgClaim, PostgresTx>(
+          {
+            id: row.id,
+            queue,
+            token: row.token,
+            payload: row.payload,
+            headers: row.headers,
+            attempt: row.attempt,
+            maxAttempts: row.max_attempts,
+            fence: row.fence,
+            expiresAt: new Date(Number(row.expires_at_ms)),
+          },
+          {
+            clock,
+            backend: this.#backend,
+            ttlMs,
+            askedAt,
+            checkTx,
+            isClosed: this.#context.isClosed,
+            onEnd: (job) => this.#held.delete(job),
+          },
+        ),
+    )
+    for (const job of jobs) this.#held.add(job)
+    // The bus closed while the claim was under way.
+    if (this.#context.isClosed()) await this.close()
+    return jobs
+  }
+
+  readonly #backend: ClaimBackend<PgClaim, PostgresTx> = {
+    ack: async (claim, tx, noWait) => {
+      if (tx !== undefined) {
+        return (await this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')).length > 0
+      }
+      return noWait ? (await this.#settle(ACK_JOBS, [claim], ['true'], 'ack'))[0] === true : this.#acks.add(claim)
+    },
+    nak: async (claim, delayMs, error, noWait) => {
+      const nak = { claim, delayMs, error }
+      const done = noWait ? (await this.#nak([nak], true))[0] === true : await this.#naks.add(nak)
+      // A job that is dead now has published its dead letter.
+      if (done) this.#context.ringer.ring([queueTopic(claim.queue), ...(claim.attempt >= claim.maxAttempts ? [deadLetterTopic(claim.queue)] : [])])
+      return done
+    },
+    deadLetter: async (claim, reason, noWait) => {
+      const [done] = await this.#settle(DEAD_LETTER_JOBS, [claim], [pgArray([reason]), String(noWait)], 'deadLetter')
+      if (done) this.#context.ringer.ring([deadLetterTopic(claim.queue)])
+      return done === true
+    },
+    heartbeat: async (claim, ttlMs) => {
+      const [row] = await this.#context.db.query<{ expires_at_ms: string | null }>(HEARTBEAT_JOB, [claim.id, claim.token, ttlMs], 'heartbeat')
+      return row?.expires_at_ms == null ? null : new Date(Number(row.expires_at_ms))
+    },
+    release: async (claim) => {
+      await this.#releases.add(claim)
+      this.#context.ringer.ring([queueTopic(claim.queue)])
+    },
+  }
+
+  async #enqueue(enqueues: readonly Enqueue[]): Promise<JobId[]> {
+    const rows = await this.#context.db.query<EnqueueRow>(ENQUEUE, enqueueParameters(enqueues), 'enqueue')
+    this.#context.ringer.ring(topics(enqueues))
+    return rows.map(({ id }) => id)
+  }
+
+  async #enqueueIn(tx: PostgresTx, enqueues: readonly Enqueue[]): Promise<JobId[]> {
+    const rows = await this.#context.db.queryIn<EnqueueRow>(tx, ENQUEUE, enqueueParameters(enqueues), 'enqueue')
+    const xid = rows[0]?.tx
+    if (xid !== undefined) this.#context.ringer.afterCommit(xid, topics(enqueues))
+    return rows.map(({ id }) => id)
+  }
+
+  #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
+    return this.#settle(ACK_JOBS, claims, ['false'], 'ack')
+  }
+
+  #nak(naks: readonly Nak[], noWait: boolean): Promise<boolean[]> {
+    const claims = naks.map(({ claim }) => claim)
+    const more = [pgArray(naks.map(({ delayMs }) => delayMs)), pgArray(naks.map(({ error }) => error ?? null)), String(noWait)]
+    return this.#settle(NAK_JOBS, claims, more, 'nak')
+  }
+
+  /** @returns for each claim whether its token was still valid */
+  async #settle(text: string, claims: readonly PgClaim[], more: readonly unknown[], doing: string): Promise<boolean[]> {
+    const rows = await this.#context.db.query<{ id: string }>(text, [...keys(claims), ...more], doing)
+    const settled = new Set(rows.map(({ id }) => id))
+    return claims.map(({ id }) => settled.has(id))
+  }
+}
+
+function keys(claims: readonly PgClaim[]): string[] {
+  return [pgArray(claims.map(({ id }) => id)), pgArray(claims.map(({ token }) => token))]
+}
+
+function enqueueParameters(enqueues: readonly Enqueue[]): unknown[] {
+  const jobs = enqueues.map(({ job }) => job)
+  const { bytes, starts, lengths } = packPayloads(jobs.map(({ payload }) => payload))
+  if (bytes.byteLength > MAX_STATEMENT_BYTES) throw tooMuch('jobs', bytes.byteLength)
+  return [
+    pgArray(enqueues.map(({ queue }) => queue)),
+    bytes,
+    starts,
+    lengths,
+    pgArrayOrNull(
+      jobs.map(({ headers }) => JSON.stringify(headers)),
+      '{}',
+    ),
+    pgArrayOrNull(
+      jobs.map(({ dedupKey }) => dedupKey ?? null),
+      null,
+    ),
+    pgArrayOrNull(
+      jobs.map(({ maxAttempts }) => maxAttempts),
+      5,
+    ),
+    pgArrayOrNull(
+      jobs.map(({ delayMs }) => delayMs ?? null),
+      null,
+    ),
+    pgArrayOrNull(
+      jobs.map(({ runAt }) => (runAt === undefined ? null : timestamp(runAt))),
+      null,
+    ),
+    pgArrayOrNull(
+      jobs.map(({ priority }) => priority),
+      0,
+    ),
+  ]
+}
+
+/** Years beyond 9999 and before 1 as Postgres writes them. */
+function timestamp(date: Date): string {
+  const year = date.getUTCFullYear()
+  const rest = date.toISOString().replace(/^[+-]?\d+-/, '-')
+  return year > 0 ? `${String(year).padStart(4, '0')}${rest}` : `${String(1 - year).padStart(4, '0')}${rest} BC`
+}
+
+function queueTopic(queue: string): Topic {
+  return { kind: 'queue', name: queue }
+}
+
+function deadLetterTopic(queue: string): Topic {
+  return { kind: 'message', name: `${queue}.dlq` }
+}
+
+function topics(enqueues: readonly Enqueue[]): Topic[] {
+  return [...new Set(enqueues.map(({ queue }) => queue))].map(queueTopic)
+}

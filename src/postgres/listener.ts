@@ -1,0 +1,166 @@
+/**
+ * LISTEN, and the only user of pg-listen.
+ *
+ *   connecting ──▶ listening        a notification of our own came back: the bus is woken
+ *       │    └──▶ poll-only         it did not: a pooler is in between; the bus polls
+ *       └── lost ──▶ connecting     for ever, with growing pauses
+ *
+ * pg-listen reconnects by itself and pings the connection, but gives up after three seconds by default, can lose an event
+ * while it is re-listening, and goes on reconnecting after it was closed. So its patience is set to infinite, its errors
+ * end it and a new one is made, and its pauses throw once it is closed.
+ */
+
+import createSubscriber from 'pg-listen'
+import type pg from 'pg'
+import { reconnectDelayMs } from '../runtime/backoff.ts'
+
+export type ListenerState = 'connecting' | 'listening' | 'poll-only' | 'closed'
+
+export interface ListenerEvents {
+  onNotification(payload: string): void
+  /** The connection is there (again): whatever was sent meanwhile is lost, so look for yourself. */
+  onConnected(): void
+}
+
+type Subscriber = ReturnType<typeof createSubscriber.default>
+
+const PING_MS = 15_000
+const QUERY_TIMEOUT_MS = 10_000
+const PROBE_MS = 2_000
+const CLOSE_MS = 1_000
+
+// pg-listen is CommonJS whose default export is the function.
+const create = ((createSubscriber as unknown as { default?: unknown }).default ?? createSubscriber) as typeof createSubscriber.default
+
+export class Listener {
+  readonly #config: pg.ClientConfig
+  readonly #channel: string
+  readonly #events: ListenerEvents
+  readonly #end = Promise.withResolvers<void>()
+  readonly #decided = Promise.withResolvers<void>()
+  #state: ListenerState = 'connecting'
+  #running: Promise<void> | undefined
+
+  constructor(config: pg.ClientConfig, channel: string, events: ListenerEvents) {
+    this.#config = config
+    this.#channel = channel
+    this.#events = events
+  }
+
+  get state(): ListenerState {
+    return this.#state
+  }
+
+  /** Resolves once it listens, or is known not to, or `ms` are over. */
+  async start(ms: number): Promise<void> {
+    this.#running ??= this.#run()
+    let timer: NodeJS.Timeout | undefined
+    const late = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, ms)
+    })
+    await Promise.race([this.#decided.promise, late])
+    clearTimeout(timer)
+  }
+
+  async close(): Promise<void> {
+    this.#state = 'closed'
+    this.#end.resolve()
+    await this.#running
+  }
+
+  async #run(): Promise<void> {
+    let failures = 0
+    while (this.#state === 'connecting') {
+      const listened = await this.#listen()
+      failures = listened ? 1 : failures + 1
+      if (this.#over()) return
+      this.#state = 'connecting'
+      await this.#pause(reconnectDelayMs(failures))
+    }
+  }
+
+  #over(): boolean {
+    return this.#state === 'closed' || this.#state === 'poll-only'
+  }
+
+  /** One subscriber's life. @returns whether it came to listen */
+  async #listen(): Promise<boolean> {
+    let over = false
+    const broken = Promise.withResolvers<void>()
+    const probed = Promise.withResolvers<boolean>()
+    const probe = `probe:${crypto.randomUUID()}`
+    const text = (value: unknown) => String(value)
+    const subscriber: Subscriber = create(
+      { application_name: 'klieo-bus listen', connectionTimeoutMillis: QUERY_TIMEOUT_MS, ...this.#config, query_timeout: QUERY_TIMEOUT_MS },
+      {
+        parse: text,
+        serialize: text,
+        paranoidChecking: PING_MS,
+        retryLimit: Number.POSITIVE_INFINITY,
+        retryTimeout: Number.POSITIVE_INFINITY,
+        retryInterval: (attempt: number) => {
+          if (over) throw new Error('closed')
+          return reconnectDelayMs(attempt + 1)
+        },
+      } as Parameters<typeof create>[1],
+    )
+    subscriber.events.on('error', () => broken.resolve())
+    subscriber.events.on('notification', ({ payload }) => {
+      if (payload === probe) probed.resolve(true)
+      else if (typeof payload === 'string' && !over) this.#events.onNotification(payload)
+    })
+    subscriber.events.on('connected', () => {
+      // A reconnect that was under way when this one was given up.
+      if (over) void closeQuietly(subscriber)
+      else if (this.#state === 'listening') this.#events.onConnected()
+    })
+    try {
+      await subscriber.connect()
+      await subscriber.listenTo(this.#channel)
+      await subscriber.notify(this.#channel, probe)
+      const timer = setTimeout(() => probed.resolve(false), PROBE_MS)
+      const heard = await Promise.race([probed.promise, broken.promise.then(() => undefined), this.#end.promise.then(() => undefined)])
+      clearTimeout(timer)
+      if (heard === undefined) return false
+      if (!this.#over()) this.#state = heard ? 'listening' : 'poll-only'
+      this.#decided.resolve()
+      if (!heard) return false
+      this.#events.onConnected()
+      await Promise.race([broken.promise, this.#end.promise])
+      return true
+    } catch {
+      return false
+    } finally {
+      over = true
+      await closeQuietly(subscriber)
+    }
+  }
+
+  async #pause(ms: number): Promise<void> {
+    let timer: NodeJS.Timeout | undefined
+    await Promise.race([
+      this.#end.promise,
+      new Promise<void>((resolve) => {
+        timer = setTimeout(resolve, ms)
+      }),
+    ])
+    clearTimeout(timer)
+  }
+}
+
+/** A connection that is half open never answers the goodbye. */
+async function closeQuietly(subscriber: Subscriber): Promise<void> {
+  let timer: NodeJS.Timeout | undefined
+  try {
+    await Promise.race([
+      subscriber.close(),
+      new Promise<void>((resolve) => {
+        timer = setTimeout(resolve, CLOSE_MS)
+      }),
+    ])
+  } catch {
+    // It was gone already.
+  } finally {
+    clearTimeout(timer)
+  }
+}

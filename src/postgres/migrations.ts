@@ -1,0 +1,164 @@
+/**
+ * The schema's versions. The migrations are the files of sql/migrations, applied by Kysely's migrator; the same list
+ * serves `PostgresBus.connect`, `klieo-bus migrate` and kysely-ctl.
+ *
+ * Many processes may start at once: who finds the schema current takes no lock, the others queue up on one advisory lock
+ * that is taken first, in the transaction that migrates. Old code runs against a newer schema as long as the schema says
+ * that it is compatible with it (meta.compatible_with).
+ */
+
+import { readdirSync, readFileSync } from 'node:fs'
+import { Kysely, PostgresAdapter, PostgresDialect, sql } from 'kysely'
+import { type Migration, type MigrationProvider, Migrator } from 'kysely/migration'
+import pg from 'pg'
+import { BusError } from '../core/index.ts'
+import { reconnectDelayMs } from '../runtime/backoff.ts'
+import { isTransient, sqlState, toBusError } from './errors.ts'
+import { checkSchema, DEFAULT_SCHEMA, inSchema } from './schema-name.ts'
+
+const FOLDER = new URL('../../sql/migrations/', import.meta.url)
+const MIGRATION_TABLE = 'migrations'
+const LOCK_TABLE = 'migrations_lock'
+/** Any number will do, as long as nobody else uses it. */
+const LOCK_ID = 5_203_947_117_801_442n
+const MAX_TRIES = 6
+
+/** The migrations in order, without their endings. */
+export function migrationNames(): string[] {
+  return readdirSync(FOLDER)
+    .filter((file) => file.endsWith('.sql'))
+    .map((file) => file.slice(0, -'.sql'.length))
+    .sort()
+}
+
+function migrationText(name: string, schema: string): string {
+  return inSchema(readFileSync(new URL(`${name}.sql`, FOLDER), 'utf8'), schema)
+}
+
+/** The migrations for Kysely's migrator, written for one schema. */
+export class SqlMigrationProvider implements MigrationProvider {
+  readonly #schema: string
+
+  constructor(schema: string = DEFAULT_SCHEMA) {
+    checkSchema(schema)
+    this.#schema = schema
+  }
+
+  async getMigrations(): Promise<Record<string, Migration>> {
+    const migrations = migrationNames().map((name): [string, Migration] => [
+      name,
+      { up: async (db) => void (await sql.raw(migrationText(name, this.#schema)).execute(db)) },
+    ])
+    return Object.fromEntries(migrations)
+  }
+}
+
+/** The lock is our own, taken before the migrator looks at anything; Kysely's would be a session's, which poolers break. */
+class LockedAdapter extends PostgresAdapter {
+  override async acquireMigrationLock(): Promise<void> {}
+  override async releaseMigrationLock(): Promise<void> {}
+}
+
+class LockedDialect extends PostgresDialect {
+  override createAdapter(): PostgresAdapter {
+    return new LockedAdapter()
+  }
+}
+
+export interface SchemaState {
+  /** Migrations that are applied, in order. */
+  readonly applied: readonly string[]
+  /** Migrations of this package that are not. */
+  readonly missing: readonly string[]
+  /** Migrations this package does not know: the schema is newer. */
+  readonly unknown: readonly string[]
+  /** The oldest package schema version that may still use it. */
+  readonly compatibleWith: number
+}
+
+/** What is there; reads only. */
+export async function readSchemaState(pool: pg.Pool, schema: string): Promise<SchemaState> {
+  const names = migrationNames()
+  try {
+    const { rows } = await pool.query<{ name: string; compatible_with: string | null }>(
+      inSchema(
+        `select m.name, (select value from klieo.meta where key = 'compatible_with') as compatible_with
+         from klieo.${MIGRATION_TABLE} m order by m.name`,
+        schema,
+      ),
+    )
+    const applied = rows.map(({ name }) => name)
+    return {
+      applied,
+      missing: names.filter((name) => !applied.includes(name)),
+      unknown: applied.filter((name) => !names.includes(name)),
+      compatibleWith: Number(rows[0]?.compatible_with ?? 0),
+    }
+  } catch (error) {
+    const state = sqlState(error)
+    if (state === '42P01' || state === '3F000') return { applied: [], missing: names, unknown: [], compatibleWith: 0 }
+    throw toBusError(error, 'read the schema version')
+  }
+}
+
+/** @throws schema_outdated unless this package can work with the schema */
+export function checkSchemaState(state: SchemaState, schema: string): void {
+  if (state.unknown.length > 0 && state.compatibleWith > migrationNames().length) {
+    throw new BusError(
+      'schema_outdated',
+      `schema "${schema}" was migrated by a newer klieo-bus (${state.unknown.join(', ')}) that this version cannot work with; upgrade the package`,
+    )
+  }
+  if (state.missing.length > 0) {
+    throw new BusError(
+      'schema_outdated',
+      `schema "${schema}" lacks ${state.missing.join(', ')}; run \`klieo-bus migrate\` or connect with migrate: true`,
+    )
+  }
+}
+
+/**
+ * Brings the schema up to date.
+ * @returns the migrations that were applied now
+ * @throws schema_outdated when the schema is newer than this package can work with; permission_denied; connection
+ */
+export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> {
+  for (let tries = 1; ; tries++) {
+    const state = await readSchemaState(pool, schema)
+    // A newer schema has all of ours and more: the migrator would call that corrupt.
+    if (state.missing.length === 0 || state.unknown.length > 0) {
+      checkSchemaState(state, schema)
+      return []
+    }
+    try {
+      return await migrateOnce(pool, schema)
+    } catch (error) {
+      // Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won.
+      const passing = isTransient(error) || ['23505', '42P06', '42P07', '42710', '55P03'].includes(sqlState(error) ?? '')
+      if (!passing || tries === MAX_TRIES) throw toBusError(error, `migrate schema "${schema}"`)
+      await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
+    }
+  }
+}
+
+async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
+  const db = new Kysely<unknown>({ dialect: new LockedDialect({ pool }) })
+  return db
+    .transaction()
+    .setIsolationLevel('read committed')
+    .execute(async (tx) => {
+      await sql`set local lock_timeout = '60s'`.execute(tx)
+      await sql`select pg_advisory_xact_lock(${sql.lit(LOCK_ID.toString())}::bigint)`.execute(tx)
+      await sql`set local lock_timeout = '10s'`.execute(tx)
+      const migrator = new Migrator({
+        db: tx,
+        provider: new SqlMigrationProvider(schema),
+        migrationTableSchema: schema,
+        migrationTableName: MIGRATION_TABLE,
+        migrationLockTableName: LOCK_TABLE,
+      })
+      const { error, results } = await migrator.migrateToLatest()
+      if (error !== undefined) throw error
+      return (results ?? []).filter(({ status }) => status === 'Success').map(({ migrationName }) => migrationName)
+    })
+}

@@ -1,0 +1,98 @@
+/** The statements of publish/subscribe. Whatever may run in a caller's transaction takes and answers text. */
+
+/** $1 subjects, $2 payloads, $3 starts, $4 lengths, $5 headers or null, $6 message ids or null */
+export const PUBLISH = `
+  select p.seq::text as seq, p.duplicate::text as duplicate, pg_current_xact_id()::text as tx
+  from klieo.publish_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[]) p`
+
+/** $1 name, $2 filter, $3 start seq, $4 start time in ms or null, $5 whether to start with what comes. Answers nothing if it exists. */
+export const CREATE_DURABLE = `
+  insert into klieo.consumer_offsets (durable, filter, pattern, start_seq, start_time, lo)
+  values ($1, $2, klieo.filter_pattern($2), $3,
+    coalesce(to_timestamp($4::double precision / 1000), '-infinity'),
+    case when $5::boolean then pg_current_snapshot() else '1:1:' end)
+  on conflict (durable) do nothing
+  returning id, filter`
+
+export const FIND_DURABLE = `
+  select id, filter from klieo.consumer_offsets where durable = $1`
+
+export const DELETE_DURABLE = `
+  with gone as (
+    delete from klieo.consumer_offsets where durable = $1 returning id
+  ), unsettled as (
+    delete from klieo.deliveries d using gone where d.consumer_id = gone.id
+  )
+  select id from gone`
+
+/** $1 consumer, $2 messages, $3 ack wait in ms, $4 max ack pending, $5 max deliver or null, $6 bytes */
+export const FETCH = `
+  select tx::text as tx, seq, subject, headers, payload, extract(epoch from published_at) * 1000 as published_at_ms, attempt,
+    token::text as token, more, final_due, due_in_ms
+  from klieo.fetch_messages($1, $2, $3, $4, $5, $6)`
+
+export const BURY = `select klieo.bury_deliveries($1, $2) as count`
+
+/**
+ * Ends deliveries whose token is still valid and answers their positions. The rows are locked in one order, so that two
+ * batches do not deadlock; the token is looked at again after a wait.
+ * $1 consumers, $2 txs, $3 seqs, $4 tokens
+ */
+export const ACK = `
+  with mine as materialized (
+    select d.consumer_id, d.tx, d.seq, a.n
+    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) with ordinality as a(consumer_id, tx, seq, token, n)
+    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
+    order by d.consumer_id, d.tx, d.seq
+    for update of d
+  ), gone as (
+    delete from klieo.deliveries d
+    using mine
+    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+    returning mine.n
+  )
+  select gone.n::text as n from gone`
+
+/** The same, passing over what an open transaction holds. */
+export const ACK_NO_WAIT = ACK.replace('for update of d', 'for update of d skip locked')
+
+/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 delays in ms, $6 whether to pass over locked rows */
+export const NAK = `
+  select n from klieo.nak_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[], $6) as n`
+
+/**
+ * Restarts the visibility timeout, never shortening it. A row that is locked and still has our token is held by an ack in
+ * an open transaction: its holder is the holder.
+ * $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 ack waits in ms
+ */
+export const EXTEND = `
+  with mine as materialized (
+    select d.consumer_id, d.tx, d.seq, a.wait_ms
+    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[]) as a(consumer_id, tx, seq, token, wait_ms)
+    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
+    order by d.consumer_id, d.tx, d.seq
+    for no key update of d skip locked
+  ), extended as (
+    update klieo.deliveries d
+    set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => mine.wait_ms / 1000.0))
+    from mine
+    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+  )
+  select a.n
+  from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) with ordinality as a(consumer_id, tx, seq, token, n)
+  join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token`
+
+/** Hands back what was not yielded: the attempt is not counted. */
+export const RELEASE = `
+  with mine as materialized (
+    select d.consumer_id, d.tx, d.seq
+    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) as a(consumer_id, tx, seq, token)
+    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
+    order by d.consumer_id, d.tx, d.seq
+    for no key update of d
+  )
+  update klieo.deliveries d
+  set attempt = d.attempt - 1, token = null, final = false, visible_at = clock_timestamp()
+  from mine
+  where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+  returning d.seq`

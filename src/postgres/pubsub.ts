@@ -1,0 +1,308 @@
+import {
+  BusError,
+  type CheckedMessage,
+  type CheckedSubscription,
+  checkBatch,
+  checkDurable,
+  checkMessage,
+  checkOptions,
+  checkSignal,
+  checkSubscription,
+  type Headers,
+  type Message,
+  type MsgStream,
+  type Payload,
+  type PubAck,
+  type PublishOptions,
+  type Pubsub,
+  type SubscribeOptions,
+  type TxOption,
+} from '../core/index.ts'
+import { Batcher } from '../runtime/batcher.ts'
+import type { Topic } from '../runtime/bell.ts'
+import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
+import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import type { Context } from './context.ts'
+import { checkTx, type PostgresTx } from './database.ts'
+import { ACK, ACK_NO_WAIT, BURY, CREATE_DURABLE, DELETE_DURABLE, EXTEND, FETCH, FIND_DURABLE, NAK, PUBLISH, RELEASE } from './pubsub.sql.ts'
+
+/** A fetch stops after so many bytes of payload, so that a batch of large messages fits into memory. */
+const MAX_FETCH_BYTES = 16 * 1024 * 1024
+const MAX_PUBLISH_BATCH_BYTES = 4 * 1024 * 1024
+/** One statement carries at most so much. */
+export const MAX_STATEMENT_BYTES = 256 * 1024 * 1024
+const BURY_BATCH = 1_000
+
+interface PgDelivery extends Delivery {
+  readonly consumer: number
+  readonly tx: string
+  readonly token: string
+}
+
+interface FetchRow extends Record<string, unknown> {
+  readonly tx: string | null
+  readonly seq: number | null
+  readonly subject: string
+  readonly headers: Headers
+  readonly payload: Uint8Array
+  readonly published_at_ms: string | number
+  readonly attempt: number
+  readonly token: string
+  readonly more: boolean
+  readonly final_due: boolean
+  readonly due_in_ms: number | null
+}
+
+interface PublishRow extends Record<string, unknown> {
+  readonly seq: string
+  readonly duplicate: string
+  readonly tx: string
+}
+
+interface Nak {
+  readonly delivery: PgDelivery
+  readonly delayMs: number
+}
+
+interface Extension {
+  readonly delivery: PgDelivery
+  readonly ackWaitMs: number
+}
+
+export class PostgresPubsub implements Pubsub<PostgresTx> {
+  readonly #context: Context
+  readonly #streams = new Set<DurableStream<PgDelivery, PostgresTx>>()
+  readonly #publishes: Batcher<CheckedMessage, PubAck>
+  readonly #acks: Batcher<PgDelivery, boolean>
+  readonly #naks: Batcher<Nak, boolean>
+  readonly #extensions: Batcher<Extension, boolean>
+
+  constructor(context: Context) {
+    this.#context = context
+    this.#publishes = new Batcher((messages) => this.#publish(messages), {
+      weight: ({ payload }) => payload.byteLength,
+      maxWeight: MAX_PUBLISH_BATCH_BYTES,
+    })
+    this.#acks = new Batcher((deliveries) => this.#ack(deliveries))
+    this.#naks = new Batcher((naks) => this.#nak(naks, false))
+    this.#extensions = new Batcher((extensions) => this.#extend(extensions))
+  }
+
+  async publish(subject: string, payload: Payload, options: PublishOptions<PostgresTx> = {}): Promise<PubAck> {
+    this.#context.checkOpen()
+    checkOptions(options)
+    const { headers, msgId, tx } = options
+    checkTx(tx)
+    const message = checkMessage(
+      { subject, payload, ...(headers === undefined ? {} : { headers }), ...(msgId === undefined ? {} : { msgId }) },
+      this.#context.maxPayloadBytes,
+    )
+    if (tx !== undefined) return (await this.#publishIn(tx, [message]))[0] as PubAck
+    // A message id may have to wait for somebody's open transaction; nobody else's publish waits along.
+    if (msgId !== undefined) return (await this.#publish([message]))[0] as PubAck
+    return this.#publishes.add(message)
+  }
+
+  async publishMany(messages: readonly Message[], options: TxOption<PostgresTx> = {}): Promise<PubAck[]> {
+    this.#context.checkOpen()
+    checkOptions(options)
+    checkTx(options.tx)
+    checkBatch('messages', messages)
+    const checked = messages.map((message) => checkMessage(message, this.#context.maxPayloadBytes))
+    if (checked.length === 0) return []
+    return options.tx === undefined ? this.#publish(checked) : this.#publishIn(options.tx, checked)
+  }
+
+  async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream<PostgresTx>> {
+    this.#context.checkOpen()
+    checkOptions(options)
+    checkDurable(durable)
+    const subscription = checkSubscription(subject, options)
+    checkSignal(options.signal)
+    const consumer = await this.#findOrCreate(subject, durable, subscription)
+    this.#context.checkOpen()
+    const { bell, clock, pollIntervalMs } = this.#context
+    const stream: DurableStream<PgDelivery, PostgresTx> = new DurableStream<PgDelivery, PostgresTx>({
+      clock,
+      backend: this.#backend(consumer, durable, subscription),
+      ear: bell.listen({ kind: 'message', name: subject }, { kind: 'durable', name: durable }),
+      ackWaitMs: subscription.ackWaitMs,
+      maxInFlight: subscription.maxInFlight,
+      pollIntervalMs,
+      signal: options.signal,
+      checkTx,
+      isClosed: this.#context.isClosed,
+      onClose: (closed) => this.#closed(closed),
+    })
+    this.#streams.add(stream)
+    return stream
+  }
+
+  async deleteDurable(durable: string): Promise<void> {
+    this.#context.checkOpen()
+    checkDurable(durable)
+    const gone = await this.#context.db.query(DELETE_DURABLE, [durable], 'deleteDurable')
+    if (gone.length === 0) throw new BusError('not_found', `durable "${durable}" does not exist`)
+    this.#context.ringer.ring([{ kind: 'durable', name: durable }])
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...this.#streams].map((stream) => stream.handBack()))
+  }
+
+  /** A closed stream is kept while it has yielded messages that the bus must hand back. */
+  #closed(stream: DurableStream<PgDelivery, PostgresTx>): void {
+    if (!stream.holds) this.#streams.delete(stream)
+  }
+
+  async #findOrCreate(filter: string, durable: string, { start }: CheckedSubscription): Promise<number> {
+    const seq = typeof start === 'object' && 'seq' in start ? start.seq : 0
+    const time = typeof start === 'object' && 'time' in start ? start.time.getTime() : null
+    for (;;) {
+      const [found] = await this.#context.db.query<{ id: number; filter: string }>(FIND_DURABLE, [durable], 'subscribe')
+      if (found?.filter === filter) return found.id
+      if (found) {
+        throw new BusError(
+          'conflict',
+          `durable "${durable}" exists with the filter "${found.filter}", not "${filter}"; use another name, or delete it and lose its position`,
+        )
+      }
+      const [made] = await this.#context.db.query<{ id: number }>(CREATE_DURABLE, [durable, filter, seq, time, start === 'new'], 'subscribe')
+      if (made) return made.id
+    }
+  }
+
+  #backend(consumer: number, durable: string, subscription: CheckedSubscription): DeliveryBackend<PgDelivery, PostgresTx> {
+    const { ackWaitMs } = subscription
+    const rung: readonly Topic[] = [{ kind: 'durable', name: durable }]
+    const ring = () => this.#context.ringer.ring(rung)
+    return {
+      fetch: (limit) => this.#fetch(consumer, durable, limit, subscription),
+      ack: async (delivery, tx, noWait) => {
+        if (tx !== undefined) return this.#ackIn(tx, delivery, noWait)
+        const done = noWait ? (await this.#settle(ACK_NO_WAIT, [delivery], [], 'ack'))[0] === true : await this.#acks.add(delivery)
+        // Another stream of this process may wait for room in maxAckPending.
+        this.#context.bell.ring(rung)
+        return done
+      },
+      nak: async (delivery, delayMs, noWait) => {
+        const done = noWait ? (await this.#nak([{ delivery, delayMs }], true))[0] === true : await this.#naks.add({ delivery, delayMs })
+        ring()
+        return done
+      },
+      term: async (delivery, _reason, noWait) =>
+        noWait ? (await this.#settle(ACK_NO_WAIT, [delivery], [], 'term'))[0] === true : this.#acks.add(delivery),
+      extend: (delivery) => this.#extensions.add({ delivery, ackWaitMs }),
+      release: async (deliveries) => {
+        await this.#context.db.query(RELEASE, keys(deliveries), 'release')
+        ring()
+      },
+    }
+  }
+
+  async #fetch(
+    consumer: number,
+    durable: string,
+    limit: number,
+    { ackWaitMs, maxAckPending, maxDeliver }: CheckedSubscription,
+  ): Promise<Fetched<PgDelivery>> {
+    this.#context.checkOpen()
+    const rows = await this.#context.db.query<FetchRow>(FETCH, [consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES], 'fetch')
+    const end = rows.pop()
+    // In a transaction of its own: what is published beside a cursor that moves is lost to it.
+    if (end?.final_due) await this.#bury(consumer, durable)
+    const deliveries = rows.map(
+      (row): PgDelivery => ({
+        consumer,
+        tx: row.tx as string,
+        token: row.token,
+        seq: row.seq as number,
+        subject: row.subject,
+        payload: row.payload,
+        headers: row.headers,
+        attempt: row.attempt,
+        publishedAt: new Date(Number(row.published_at_ms)),
+      }),
+    )
+    return { deliveries, more: end?.more ?? false, dueInMs: end?.due_in_ms ?? null }
+  }
+
+  async #bury(consumer: number, durable: string): Promise<void> {
+    const [row] = await this.#context.db.query<{ count: number }>(BURY, [consumer, BURY_BATCH], 'dead-letter')
+    if (row && row.count > 0) this.#context.ringer.ring([{ kind: 'message', name: `${durable}.dlq` }])
+  }
+
+  async #publish(messages: readonly CheckedMessage[]): Promise<PubAck[]> {
+    const rows = await this.#context.db.query<PublishRow>(PUBLISH, publishParameters(messages), 'publish')
+    this.#context.ringer.ring(topics(messages))
+    return rows.map(toPubAck)
+  }
+
+  async #publishIn(tx: PostgresTx, messages: readonly CheckedMessage[]): Promise<PubAck[]> {
+    const rows = await this.#context.db.queryIn<PublishRow>(tx, PUBLISH, publishParameters(messages), 'publish')
+    const xid = rows[0]?.tx
+    if (xid !== undefined) this.#context.ringer.afterCommit(xid, topics(messages))
+    return rows.map(toPubAck)
+  }
+
+  #ack(deliveries: readonly PgDelivery[]): Promise<boolean[]> {
+    return this.#settle(ACK, deliveries, [], 'ack')
+  }
+
+  async #ackIn(tx: PostgresTx, delivery: PgDelivery, noWait: boolean): Promise<boolean> {
+    const rows = await this.#context.db.queryIn(tx, noWait ? ACK_NO_WAIT : ACK, keys([delivery]), 'ack')
+    return rows.length > 0
+  }
+
+  #nak(naks: readonly Nak[], noWait: boolean): Promise<boolean[]> {
+    const deliveries = naks.map(({ delivery }) => delivery)
+    return this.#settle(NAK, deliveries, [pgArray(naks.map(({ delayMs }) => delayMs)), noWait], 'nak')
+  }
+
+  #extend(extensions: readonly Extension[]): Promise<boolean[]> {
+    const deliveries = extensions.map(({ delivery }) => delivery)
+    return this.#settle(EXTEND, deliveries, [pgArray(extensions.map(({ ackWaitMs }) => ackWaitMs))], 'extend')
+  }
+
+  /** @returns for each delivery whether its token was still valid */
+  async #settle(text: string, deliveries: readonly PgDelivery[], more: readonly unknown[], doing: string): Promise<boolean[]> {
+    const rows = await this.#context.db.query<{ n: string | number }>(text, [...keys(deliveries), ...more], doing)
+    const settled = new Set(rows.map(({ n }) => Number(n)))
+    return deliveries.map((_, index) => settled.has(index + 1))
+  }
+}
+
+function keys(deliveries: readonly PgDelivery[]): string[] {
+  return [
+    pgArray(deliveries.map(({ consumer }) => consumer)),
+    pgArray(deliveries.map(({ tx }) => tx)),
+    pgArray(deliveries.map(({ seq }) => seq)),
+    pgArray(deliveries.map(({ token }) => token)),
+  ]
+}
+
+function publishParameters(messages: readonly CheckedMessage[]): unknown[] {
+  const { bytes, starts, lengths } = packPayloads(messages.map(({ payload }) => payload))
+  if (bytes.byteLength > MAX_STATEMENT_BYTES) throw tooMuch('messages', bytes.byteLength)
+  const headers = pgArrayOrNull(
+    messages.map((message) => JSON.stringify(message.headers)),
+    '{}',
+  )
+  const ids = pgArrayOrNull(
+    messages.map(({ msgId }) => msgId ?? null),
+    null,
+  )
+  return [pgArray(messages.map(({ subject }) => subject)), bytes, starts, lengths, headers, ids]
+}
+
+export function tooMuch(what: string, bytes: number): BusError {
+  return new BusError('payload_too_large', `${what} hold ${bytes} bytes together; one call carries at most ${MAX_STATEMENT_BYTES}: make several calls`)
+}
+
+function topics(messages: readonly CheckedMessage[]): Topic[] {
+  return [...new Set(messages.map(({ subject }) => subject))].map((name) => ({ kind: 'message', name }))
+}
+
+function toPubAck({ seq, duplicate }: PublishRow): PubAck {
+  return { seq: Number(seq), duplicate: duplicate === 'true' }
+}

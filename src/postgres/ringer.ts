@@ -1,0 +1,155 @@
+/**
+ * Wake-ups after commit (P14; docs/adr/0003-wake-ups.md). A NOTIFY inside a business transaction takes a lock that every
+ * notifying commit of the cluster waits for until it is durable. So nothing is notified there:
+ *
+ * - After a commit of the bus itself the processes are told in a transaction that does nothing but notify, and what is
+ *   rung within a few milliseconds is told together.
+ * - For a call in a caller's transaction the process that made the call asks the server, every few milliseconds, whether
+ *   that transaction has ended, and rings then.
+ *
+ * A ring that is lost (the process dies, the server is away) costs its listeners one poll interval.
+ */
+
+import type { Bell, Topic } from '../runtime/bell.ts'
+import type { Database } from './database.ts'
+
+const GAP_MS = 5
+const FIRST_LOOK_MS = 2
+const LATEST_LOOK_MS = 20
+/** pg_notify takes 7999 bytes. */
+const MAX_PAYLOAD_BYTES = 7_500
+
+interface Notice {
+  /** The process that rang: it has woken its own waiters already. */
+  readonly from: string
+  readonly topics: readonly string[]
+}
+
+const NOTIFY = 'select pg_notify($1, $2)'
+// An xid of another cluster's future makes pg_xact_status fail: such a one is taken as ended.
+const ENDED = `
+  select x.tx::text as tx, case when x.tx < pg_snapshot_xmax(pg_current_snapshot()) then pg_xact_status(x.tx) end as status
+  from unnest($1::text::xid8[]) as x(tx)
+  where x.tx >= pg_snapshot_xmax(pg_current_snapshot()) or pg_xact_status(x.tx) is distinct from 'in progress'`
+
+export class Ringer {
+  readonly #db: Database
+  readonly #bell: Bell
+  readonly #channel: string
+  readonly #instance: string
+  readonly #waiting = new Set<string>()
+  readonly #transactions = new Map<string, Topic[]>()
+  #flushing = false
+  #looking = false
+  #lookMs = FIRST_LOOK_MS
+  #wakeLook: (() => void) | undefined
+  #closed = false
+
+  constructor(db: Database, bell: Bell, channel: string, instance: string) {
+    this.#db = db
+    this.#bell = bell
+    this.#channel = channel
+    this.#instance = instance
+  }
+
+  /** What is committed. */
+  ring(topics: readonly Topic[]): void {
+    this.#bell.ring(topics)
+    if (this.#closed) return
+    for (const { kind, name } of topics) this.#waiting.add(`${kind}:${name}`)
+    if (!this.#flushing) {
+      this.#flushing = true
+      void this.#flush()
+    }
+  }
+
+  /** What is in a caller's transaction. @param tx its xid, as text */
+  afterCommit(tx: string, topics: readonly Topic[]): void {
+    if (this.#closed) return
+    const known = this.#transactions.get(tx)
+    if (known) known.push(...topics)
+    else this.#transactions.set(tx, [...topics])
+    this.#lookMs = FIRST_LOOK_MS
+    this.#wakeLook?.()
+    if (!this.#looking) {
+      this.#looking = true
+      void this.#look()
+    }
+  }
+
+  /** What another process rang, or ourselves. */
+  heard(payload: string): void {
+    const notice = parse(payload)
+    if (!notice || notice.from === this.#instance) return
+    this.#bell.ring(
+      notice.topics.flatMap((text): Topic[] => {
+        const colon = text.indexOf(':')
+        return [{ kind: text.slice(0, colon) as Topic['kind'], name: text.slice(colon + 1) }]
+      }),
+    )
+  }
+
+  close(): void {
+    this.#closed = true
+    this.#wakeLook?.()
+  }
+
+  async #flush(): Promise<void> {
+    // What the same tick rings goes along.
+    await Promise.resolve()
+    while (this.#waiting.size > 0 && !this.#closed) {
+      const topics = [...this.#waiting]
+      this.#waiting.clear()
+      try {
+        await this.#db.query(NOTIFY, [this.#channel, notice(this.#instance, topics)], 'notify')
+      } catch {
+        // The listeners poll.
+      }
+      await new Promise<void>((resolve) => setTimeout(resolve, GAP_MS).unref())
+    }
+    this.#flushing = false
+  }
+
+  async #look(): Promise<void> {
+    while (this.#transactions.size > 0 && !this.#closed) {
+      await new Promise<void>((resolve) => {
+        const timer = setTimeout(resolve, this.#lookMs)
+        this.#wakeLook = () => {
+          clearTimeout(timer)
+          setTimeout(resolve, FIRST_LOOK_MS)
+        }
+      })
+      this.#wakeLook = undefined
+      this.#lookMs = Math.min(LATEST_LOOK_MS, this.#lookMs * 1.5)
+      if (this.#closed) return
+      try {
+        const ended = await this.#db.query<{ tx: string; status: string | null }>(ENDED, [`{${[...this.#transactions.keys()].join(',')}}`], 'look')
+        for (const { tx, status } of ended) {
+          const topics = this.#transactions.get(tx) ?? []
+          this.#transactions.delete(tx)
+          if (status !== 'aborted') this.ring(topics)
+        }
+      } catch {
+        // The server is away: the listeners poll, and the next look tells.
+        this.#lookMs = LATEST_LOOK_MS
+      }
+    }
+    this.#looking = false
+  }
+}
+
+function notice(from: string, topics: readonly string[]): string {
+  const text = JSON.stringify({ from, topics } satisfies Notice)
+  if (Buffer.byteLength(text) <= MAX_PAYLOAD_BYTES) return text
+  const kinds = new Set(topics.map((topic) => `${topic.slice(0, topic.indexOf(':'))}:*`))
+  return JSON.stringify({ from, topics: [...kinds] } satisfies Notice)
+}
+
+function parse(payload: string): Notice | undefined {
+  try {
+    const value = JSON.parse(payload) as Partial<Notice>
+    return typeof value.from === 'string' && Array.isArray(value.topics) ? (value as Notice) : undefined
+  } catch {
+    return undefined
+  }
+}
