@@ -1,0 +1,20 @@
+import { defineConfig } from 'vitest/config'
+import { SummaryReporter } from './test/support/summary-reporter.ts'
+
+export default defineConfig({
+  test: {
+    include: ['test/**/*.test.ts'],
+    globalSetup: ['test/support/global-setup.ts'],
+    reporters: ['default', new SummaryReporter()],
+    // Tests start processes, kill servers and read the clock: each file has a process of its own.
+    pool: 'forks',
+    // All files share one server; more workers only make each other late.
+    maxWorkers: 2,
+    // A test that passes at the second try is a test that failed.
+    retry: 0,
+    testTimeout: 30_000,
+    // Some files start a server of their own.
+    hookTimeout: 90_000,
+    teardownTimeout: 30_000,
+  },
+})
