@@ -1,0 +1,363 @@
+/**
+ * The jobs of all queues. The counterpart of a server: every method runs to its end in one go, so each is a transaction.
+ *
+ * A job is, in turn,
+ *   waiting   delayed, or claimed: claimable at `visibleAt`
+ *   ready     claimable now
+ *   dead      its attempts are used up, or its holder said so
+ * and goes away when it is acked. A job that is claimed has a token, which every settlement of that claim must show.
+ */
+
+import { type CheckedJob, DEDUP_WINDOW_MS, type Headers, type JobId } from '../core/index.ts'
+import type { Bell } from '../runtime/bell.ts'
+import type { Claim } from '../runtime/claimed-job.ts'
+import type { Clock } from '../runtime/clock.ts'
+import { type Alarm, type Alarms, alarm } from './alarms.ts'
+import type { Entries } from './entries.ts'
+import { Heap, type Slotted } from './heap.ts'
+import type { Log } from './log.ts'
+
+interface JobRow extends Slotted {
+  readonly number: number
+  readonly id: JobId
+  readonly queue: Queue
+  readonly payload: Uint8Array
+  readonly headers: Headers
+  readonly dedupKey: string | undefined
+  readonly maxAttempts: number
+  readonly priority: number
+  attempts: number
+  /** 0: nobody's. */
+  token: number
+  visibleAt: number
+  lastError: string | undefined
+  /** By the clock's `now()`; `undefined` while it is not dead. */
+  diedAt: number | undefined
+  /** Set while its last attempt is under way. */
+  readonly alarm: Alarm
+}
+
+interface Queue {
+  readonly name: string
+  readonly waiting: Heap<JobRow>
+  /** By priority; none of them is empty. */
+  readonly ready: Map<number, Heap<JobRow>>
+  /** In the order of their deaths. */
+  readonly dead: Map<JobId, JobRow>
+}
+
+export interface MemoryClaim extends Claim {
+  readonly row: JobRow
+  readonly token: number
+}
+
+/** A dead job, as it can be looked at. */
+export interface DeadJob {
+  readonly id: JobId
+  readonly queue: string
+  readonly payload: Uint8Array
+  readonly headers: Headers
+  readonly attempts: number
+  readonly maxAttempts: number
+  readonly priority: number
+  readonly dedupKey?: string
+  /** What the last attempt said of itself, or the reason it was given up for. */
+  readonly lastError?: string
+}
+
+/** Old dead jobs are looked for once in so many jobs, and whenever somebody looks at dead ones. */
+const PRUNE_EVERY = 1_024
+
+const longestWaiting = (a: JobRow, b: JobRow) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.number < b.number)
+
+export class JobTable {
+  readonly #clock: Clock
+  readonly #bell: Bell
+  readonly #alarms: Alarms
+  readonly #log: Log
+  readonly #entries: Entries
+  readonly #queues = new Map<string, Queue>()
+  readonly #jobs = new Map<JobId, JobRow>()
+  #lastNumber = 0
+  #lastToken = 0
+  #untilPrune = PRUNE_EVERY
+
+  constructor(clock: Clock, bell: Bell, alarms: Alarms, log: Log, entries: Entries) {
+    this.#clock = clock
+    this.#bell = bell
+    this.#alarms = alarms
+    this.#log = log
+    this.#entries = entries
+  }
+
+  /** Neither gone nor dead. */
+  lives(id: JobId): boolean {
+    return this.#jobs.get(id)?.diedAt === undefined && this.#jobs.has(id)
+  }
+
+  enqueue(queueName: string, jobs: readonly CheckedJob[], deadJobsMs: number): JobId[] {
+    this.#untilPrune -= jobs.length
+    if (this.#untilPrune <= 0) this.pruneDead(deadJobsMs)
+    const now = this.#clock.now()
+    const ids = jobs.map((job): JobId => {
+      const id = String(this.#lastNumber + 1)
+      if (job.dedupKey !== undefined) {
+        const first = this.#entries.record(queueName, job.dedupKey, id, DEDUP_WINDOW_MS)
+        if (first !== id) return first
+      }
+      this.#add(this.#queue(queueName), job, now)
+      return id
+    })
+    this.#ring(queueName)
+    return ids
+  }
+
+  claim(queueName: string, ttlMs: number, limit: number): MemoryClaim[] {
+    const queue = this.#queues.get(queueName)
+    if (!queue) return []
+    this.#ripen(queue)
+    const claims: MemoryClaim[] = []
+    for (const priority of [...queue.ready.keys()].sort((a, b) => b - a)) {
+      const ready = queue.ready.get(priority)
+      while (claims.length < limit) {
+        const row = ready?.peek()
+        if (!row) break
+        this.#leave(row)
+        claims.push(this.#claimRow(row, ttlMs))
+      }
+    }
+    return claims
+  }
+
+  /** When the next job becomes claimable; `null`: there is none. */
+  nextInMs(queueName: string): number | null {
+    const queue = this.#queues.get(queueName)
+    if (!queue) return null
+    if (queue.ready.size > 0) return 0
+    const next = queue.waiting.peek()
+    return next ? Math.max(0, next.visibleAt - this.#clock.now()) : null
+  }
+
+  /** Each of these answers whether the claim was still its holder's. */
+  ack(claim: MemoryClaim): boolean {
+    const row = holding(claim)
+    if (!row) return false
+    this.#drop(row)
+    return true
+  }
+
+  nak(claim: MemoryClaim, delayMs: number, error: string | undefined): boolean {
+    const row = holding(claim)
+    if (!row) return false
+    row.lastError = error ?? row.lastError
+    this.#giveBack(row, delayMs)
+    return true
+  }
+
+  /** Claimable again at once; the attempt counts. */
+  release(claim: MemoryClaim): void {
+    const row = holding(claim)
+    if (row) this.#giveBack(row, 0)
+  }
+
+  deadLetter(claim: MemoryClaim, reason: string): boolean {
+    const row = holding(claim)
+    if (!row) return false
+    this.#bury(row, reason)
+    return true
+  }
+
+  /** Never shortens; `null` when it is somebody else's, dead or gone. */
+  heartbeat(claim: MemoryClaim, ttlMs: number): Date | null {
+    const row = holding(claim)
+    if (!row) return null
+    const now = this.#clock.now()
+    row.visibleAt = Math.max(row.visibleAt, now + ttlMs)
+    // It may have run out and not been claimed again.
+    this.#leave(row)
+    row.queue.waiting.push(row)
+    if (row.attempts >= row.maxAttempts) this.#alarms.set(row.alarm, row.visibleAt)
+    return this.#dateOf(row.visibleAt)
+  }
+
+  dead(queueName: string): DeadJob[] {
+    const rows = this.#queues.get(queueName)?.dead.values() ?? []
+    return [...rows].map((row) => ({
+      id: row.id,
+      queue: queueName,
+      payload: row.payload.slice(),
+      headers: row.headers,
+      attempts: row.attempts,
+      maxAttempts: row.maxAttempts,
+      priority: row.priority,
+      ...(row.dedupKey === undefined ? {} : { dedupKey: row.dedupKey }),
+      ...(row.lastError === undefined ? {} : { lastError: row.lastError }),
+    }))
+  }
+
+  /** Puts dead jobs back with all their attempts; answers how many. */
+  retryDead(queueName: string, id: JobId | undefined): number {
+    const queue = this.#queues.get(queueName)
+    if (!queue) return 0
+    const rows = [...queue.dead.values()].filter((row) => id === undefined || row.id === id)
+    for (const row of rows) {
+      queue.dead.delete(row.id)
+      row.diedAt = undefined
+      row.attempts = 0
+      row.visibleAt = this.#clock.now()
+      queue.waiting.push(row)
+    }
+    if (rows.length > 0) this.#ring(queueName)
+    return rows.length
+  }
+
+  pruneDead(olderThanMs: number): void {
+    this.#untilPrune = PRUNE_EVERY
+    const before = this.#clock.now() - olderThanMs
+    for (const queue of this.#queues.values()) {
+      for (const row of queue.dead.values()) {
+        if ((row.diedAt as number) >= before) break
+        queue.dead.delete(row.id)
+        this.#jobs.delete(row.id)
+      }
+    }
+  }
+
+  #queue(name: string): Queue {
+    const known = this.#queues.get(name)
+    if (known) return known
+    const queue: Queue = { name, waiting: new Heap(longestWaiting), ready: new Map(), dead: new Map() }
+    this.#queues.set(name, queue)
+    return queue
+  }
+
+  #add(queue: Queue, job: CheckedJob, now: number): void {
+    const number = ++this.#lastNumber
+    const delay = job.runAt === undefined ? (job.delayMs ?? 0) : job.runAt.getTime() - this.#clock.date().getTime()
+    const row: JobRow = {
+      number,
+      id: String(number),
+      queue,
+      payload: job.payload,
+      headers: job.headers,
+      dedupKey: job.dedupKey,
+      maxAttempts: job.maxAttempts,
+      priority: job.priority,
+      attempts: 0,
+      token: 0,
+      visibleAt: now + delay,
+      lastError: undefined,
+      diedAt: undefined,
+      slot: -1,
+      alarm: alarm(() => this.#bury(row)),
+    }
+    this.#jobs.set(row.id, row)
+    queue.waiting.push(row)
+  }
+
+  /** What is due becomes ready, or, after its last attempt, dead. */
+  #ripen(queue: Queue): void {
+    const now = this.#clock.now()
+    for (let row = queue.waiting.peek(); row && row.visibleAt <= now; row = queue.waiting.peek()) {
+      if (row.attempts >= row.maxAttempts) this.#bury(row)
+      else {
+        queue.waiting.remove(row)
+        const ready = queue.ready.get(row.priority) ?? new Heap<JobRow>(longestWaiting)
+        queue.ready.set(row.priority, ready)
+        ready.push(row)
+      }
+    }
+  }
+
+  #claimRow(row: JobRow, ttlMs: number): MemoryClaim {
+    row.attempts++
+    row.token = ++this.#lastToken
+    row.visibleAt = this.#clock.now() + ttlMs
+    row.queue.waiting.push(row)
+    if (row.attempts >= row.maxAttempts) this.#alarms.set(row.alarm, row.visibleAt)
+    return {
+      row,
+      token: row.token,
+      id: row.id,
+      queue: row.queue.name,
+      payload: row.payload.slice(),
+      headers: row.headers,
+      attempt: row.attempts,
+      maxAttempts: row.maxAttempts,
+      fence: row.token,
+      expiresAt: this.#dateOf(row.visibleAt),
+    }
+  }
+
+  #giveBack(row: JobRow, delayMs: number): void {
+    row.token = 0
+    if (row.attempts >= row.maxAttempts) {
+      this.#bury(row)
+      return
+    }
+    this.#leave(row)
+    row.visibleAt = this.#clock.now() + delayMs
+    row.queue.waiting.push(row)
+    this.#ring(row.queue.name)
+  }
+
+  /** @param reason the caller's; without: its attempts are used up */
+  #bury(row: JobRow, reason?: string): void {
+    if (reason !== undefined) row.lastError = reason
+    else if (row.token !== 0) row.lastError = 'the lease of the last attempt ran out'
+    this.#leave(row)
+    this.#alarms.clear(row.alarm)
+    row.token = 0
+    row.diedAt = this.#clock.now()
+    row.queue.dead.set(row.id, row)
+    const error = reason === undefined ? row.lastError : undefined
+    this.#log.publishLetter(
+      `${row.queue.name}.dlq`,
+      row.payload,
+      Object.freeze({
+        ...row.headers,
+        dlq_reason: oneLine(reason ?? 'max_attempts_exceeded'),
+        dlq_queue: row.queue.name,
+        dlq_job_id: row.id,
+        dlq_attempts: String(row.attempts),
+        ...(row.dedupKey === undefined ? {} : { dlq_dedup_key: oneLine(row.dedupKey) }),
+        ...(error === undefined ? {} : { dlq_error: oneLine(error) }),
+      }),
+    )
+  }
+
+  #drop(row: JobRow): void {
+    this.#leave(row)
+    this.#alarms.clear(row.alarm)
+    row.token = 0
+    this.#jobs.delete(row.id)
+  }
+
+  /** Takes it out of the heap it is in. */
+  #leave(row: JobRow): void {
+    if (row.slot < 0) return
+    const { waiting, ready } = row.queue
+    const ripe = ready.get(row.priority)
+    if (ripe?.holds(row)) {
+      ripe.remove(row)
+      if (ripe.size === 0) ready.delete(row.priority)
+    } else waiting.remove(row)
+  }
+
+  #ring(queueName: string): void {
+    this.#bell.ring([{ kind: 'queue', name: queueName }])
+  }
+
+  #dateOf(at: number): Date {
+    return new Date(this.#clock.date().getTime() + at - this.#clock.now())
+  }
+}
+
+function holding({ row, token }: MemoryClaim): JobRow | undefined {
+  return row.token === token ? row : undefined
+}
+
+/** Header values have no line breaks. */
+function oneLine(text: string): string {
+  return text.replace(/[\r\n]+/g, ' ')
+}

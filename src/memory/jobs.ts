@@ -1,0 +1,146 @@
+import {
+  type CheckedJob,
+  type ClaimedJob,
+  type ClaimManyOptions,
+  type ClaimOptions,
+  checkBatch,
+  checkDuration,
+  checkId,
+  checkJob,
+  checkLimit,
+  checkOptions,
+  checkQueue,
+  checkSignal,
+  type Job,
+  type JobId,
+  type JobQueue,
+  MAX_WAIT_MS,
+  type TxOption,
+} from '../core/index.ts'
+import { type ClaimBackend, HeldJob } from '../runtime/claimed-job.ts'
+import { longPoll } from '../runtime/long-poll.ts'
+import { type Context, checkTx, POLL_INTERVAL_MS } from './context.ts'
+import type { MemoryClaim } from './job-table.ts'
+
+export class MemoryJobs implements JobQueue {
+  readonly #context: Context
+  readonly #held = new Set<HeldJob<MemoryClaim, never>>()
+
+  constructor(context: Context) {
+    this.#context = context
+  }
+
+  async enqueue(queue: string, job: Job, options: TxOption<never> = {}): Promise<JobId> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkOptions(options)
+    const checked = this.#check(job)
+    checkTx(options.tx)
+    return (await this.#enqueue(queue, [checked]))[0] as JobId
+  }
+
+  async enqueueMany(queue: string, jobs: readonly Job[], options: TxOption<never> = {}): Promise<JobId[]> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkOptions(options)
+    checkBatch('jobs', jobs)
+    const checked = jobs.map((job) => this.#check(job))
+    checkTx(options.tx)
+    return checked.length === 0 ? [] : this.#enqueue(queue, checked)
+  }
+
+  async claim(queue: string, workerId: string, leaseTtlMs: number, options: ClaimOptions = {}): Promise<ClaimedJob | null> {
+    checkOptions(options)
+    return (await this.claimMany(queue, workerId, leaseTtlMs, { ...options, limit: 1 }))[0] ?? null
+  }
+
+  async claimMany(queue: string, workerId: string, leaseTtlMs: number, options: ClaimManyOptions): Promise<ClaimedJob[]> {
+    this.#context.checkOpen()
+    checkQueue(queue)
+    checkId('workerId', workerId)
+    checkDuration('leaseTtlMs', leaseTtlMs, 1)
+    checkOptions(options)
+    const { limit, waitMs = 0, signal } = options ?? {}
+    checkLimit(limit)
+    checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
+    checkSignal(signal)
+    const { store } = this.#context
+    const found = await longPoll({
+      clock: store.clock,
+      waitMs,
+      signal,
+      ear: store.bell.listen({ kind: 'queue', name: queue }),
+      attempt: async () => {
+        const jobs = await this.#claim(queue, leaseTtlMs, limit)
+        return jobs.length > 0 ? jobs : undefined
+      },
+      pauseMs: async () => store.jobs.nextInMs(queue) ?? POLL_INTERVAL_MS,
+    })
+    return found ?? []
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...this.#held].map((job) => job.handBack()))
+  }
+
+  #check(job: Job): CheckedJob {
+    const checked = checkJob(job, this.#context.maxPayloadBytes)
+    // The caller's Date may change before the turn comes.
+    return checked.runAt === undefined ? checked : { ...checked, runAt: new Date(checked.runAt) }
+  }
+
+  async #enqueue(queue: string, jobs: readonly CheckedJob[]): Promise<JobId[]> {
+    const { store, deadJobsMs } = this.#context
+    await store.turn()
+    return store.jobs.enqueue(queue, jobs, deadJobsMs)
+  }
+
+  async #claim(queue: string, ttlMs: number, limit: number): Promise<HeldJob<MemoryClaim, never>[]> {
+    const { store } = this.#context
+    const askedAt = store.clock.now()
+    await store.turn()
+    this.#context.checkOpen()
+    const jobs = store.jobs.claim(queue, ttlMs, limit).map(
+      (claim) =>
+        new HeldJob<MemoryClaim, never>(claim, {
+          clock: store.clock,
+          backend: this.#backend,
+          ttlMs,
+          askedAt,
+          checkTx,
+          isClosed: this.#context.isClosed,
+          onEnd: (job) => this.#held.delete(job),
+        }),
+    )
+    for (const job of jobs) this.#held.add(job)
+    return jobs
+  }
+
+  readonly #backend: ClaimBackend<MemoryClaim, never> = {
+    ack: async (claim) => {
+      const { store } = this.#context
+      await store.turn()
+      return store.jobs.ack(claim)
+    },
+    nak: async (claim, delayMs, error) => {
+      const { store } = this.#context
+      await store.turn()
+      return store.jobs.nak(claim, delayMs, error)
+    },
+    deadLetter: async (claim, reason) => {
+      const { store } = this.#context
+      await store.turn()
+      return store.jobs.deadLetter(claim, reason)
+    },
+    heartbeat: async (claim, ttlMs) => {
+      const { store } = this.#context
+      await store.turn()
+      return store.jobs.heartbeat(claim, ttlMs)
+    },
+    release: async (claim) => {
+      const { store } = this.#context
+      await store.turn()
+      store.jobs.release(claim)
+    },
+  }
+}
