@@ -26,6 +26,7 @@ export class HeldLease implements Lease {
   readonly #controller = new AbortController()
   #expiresAt: Date
   #ended = false
+  #closed = false
   #cancelTimer: () => void
 
   constructor(what: string, clock: Clock, grant: LeaseGrant, backend: LeaseBackend) {
@@ -47,6 +48,7 @@ export class HeldLease implements Lease {
   }
 
   async heartbeat(): Promise<void> {
+    if (this.#closed) throw closedError('the bus')
     if (this.#ended) throw leaseLost(this.#what)
     const askedAt = this.#clock.now()
     const expiresAt = await this.#backend.heartbeat()
@@ -87,6 +89,7 @@ export class HeldLease implements Lease {
   /** The bus closes: the lease was handed back. */
   close(): void {
     if (this.#ended) return
+    this.#closed = true
     this.end()
     this.lost(closedError('the bus'))
   }
