@@ -94,6 +94,8 @@ create table klieo.deliveries (
   primary key (consumer_id, tx, seq)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
 create index deliveries_due on klieo.deliveries (consumer_id, visible_at);
+-- For the reaper.
+create index deliveries_final on klieo.deliveries (visible_at) where final;
 comment on table klieo.deliveries is 'Messages that are handed out and not settled, or wait to be handed out again.';
 comment on column klieo.deliveries.consumer_id is 'The durable.';
 comment on column klieo.deliveries.tx is 'The message: its tx.';
@@ -225,14 +227,16 @@ create unlogged table klieo.responders (
   id bigint generated always as identity primary key,
   instance_id int not null,
   filter text collate "C" not null,
-  pattern text collate "C" not null
+  pattern text collate "C" not null,
+  alive_until timestamptz
 );
 create index responders_instance on klieo.responders (instance_id);
-comment on table klieo.responders is 'Who answers requests. A row counts only while its process holds the advisory lock (presence_class(), instance_id).';
+comment on table klieo.responders is 'Who answers requests. A row counts while its process holds the advisory lock (presence_class(), instance_id), or until alive_until.';
 comment on column klieo.responders.id is 'One responder of a process.';
 comment on column klieo.responders.instance_id is 'The process, as its lock names it.';
 comment on column klieo.responders.filter is 'The subjects it answers.';
 comment on column klieo.responders.pattern is 'The same as a regular expression.';
+comment on column klieo.responders.alive_until is 'Behind a pooler, which keeps no lock for a process: live until then. Null: as long as the lock is held.';
 
 create unlogged table klieo.requests (
   id uuid primary key,
@@ -244,6 +248,8 @@ create unlogged table klieo.requests (
   claimed_by int,
   constraint requests_payload_size check (octet_length(payload) <= 8388608)
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
+-- Starts at the present time: what nobody has vacuumed away yet lies before it.
+create index requests_open on klieo.requests (deadline) where claimed_by is null;
 comment on table klieo.requests is 'Requests that are not answered yet.';
 comment on column klieo.requests.id is 'Chosen by the requester.';
 comment on column klieo.requests.subject is 'The subject.';
@@ -261,6 +267,7 @@ create unlogged table klieo.replies (
   expires_at timestamptz not null,
   constraint replies_payload_size check (octet_length(payload) <= 8388608)
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
+create index replies_inbox on klieo.replies (inbox);
 comment on table klieo.replies is 'Replies that their requesters have not picked up yet. The primary key lets the first one win.';
 comment on column klieo.replies.request_id is 'The request.';
 comment on column klieo.replies.inbox is 'The requesting process.';

@@ -443,6 +443,31 @@ $$;
 comment on function klieo.bury_deliveries(int, int) is
   'Publishes on <durable>.dlq what was left unsettled at its last delivery, and forgets it; answers how many. Must not share a transaction with fetch_messages.';
 
+create function klieo.reap_deliveries(max_messages int) returns table (durable text, count int)
+language plpgsql as $$
+#variable_conflict use_column
+begin
+  return query
+    with ended as materialized (
+      select d.consumer_id, least(count(*), reap_deliveries.max_messages)::int as most
+      from (
+        select d.consumer_id from klieo.deliveries d
+        where d.final and d.visible_at <= (select clock_timestamp())
+        order by d.visible_at
+        limit reap_deliveries.max_messages
+      ) d
+      group by d.consumer_id
+    ), buried as materialized (
+      select ended.consumer_id, klieo.bury_deliveries(ended.consumer_id, ended.most) as count from ended
+    )
+    select o.durable, buried.count
+    from buried
+    join klieo.consumer_offsets o on o.id = buried.consumer_id
+    where buried.count > 0;
+end
+$$;
+comment on function klieo.reap_deliveries(int) is 'Buries what was left unsettled at its last delivery, where no member fetches; answers how many of which durable.';
+
 create function klieo.nak_deliveries(consumers int[], txs xid8[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) returns setof int
 language plpgsql as $$
 #variable_conflict use_column
@@ -592,7 +617,7 @@ $$;
 comment on function klieo.kv_delete(text, text, bigint) is
   'Deletes a key, if expected is given only while it is at that revision; answers the revision of the deletion, or null if there was nothing to delete.';
 
-create function klieo.kv_expire(max_entries int) returns setof text
+create function klieo.kv_expire(max_entries int) returns table (bucket text, count int)
 language plpgsql as $$
 #variable_conflict use_column
 begin
@@ -626,10 +651,10 @@ begin
       select buried.revision, buried.updated_at, buried.bucket, buried.key, null from buried
       returning bucket
     )
-    select distinct logged.bucket from logged;
+    select logged.bucket, count(*)::int from logged group by logged.bucket;
 end
 $$;
-comment on function klieo.kv_expire(int) is 'Turns expired entries into tombstones, so that watches see them go; answers the buckets.';
+comment on function klieo.kv_expire(int) is 'Turns expired entries into tombstones, so that watches see them go; answers how many of which bucket.';
 
 -- ---------------------------------------------------------------- jobs
 
@@ -1025,7 +1050,7 @@ end
 $$;
 comment on function klieo.retry_dead(text, bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
 
-create function klieo.reap_jobs(max_jobs int) returns int
+create function klieo.reap_jobs(max_jobs int) returns table (queue text, count int)
 language plpgsql as $$
 #variable_conflict use_column
 declare
@@ -1040,10 +1065,14 @@ begin
     for no key update skip locked
   )
   select array_agg(ended.id) into v_ended from ended;
-  return case when v_ended is null then 0 else klieo.bury_jobs(v_ended, null) end;
+  if v_ended is null then
+    return;
+  end if;
+  perform klieo.bury_jobs(v_ended, null);
+  return query select j.queue, count(*)::int from klieo.jobs j where j.id = any(v_ended) group by j.queue;
 end
 $$;
-comment on function klieo.reap_jobs(int) is 'Buries jobs whose last lease ran out; answers how many. Claims do the same, so nothing depends on it.';
+comment on function klieo.reap_jobs(int) is 'Buries jobs whose last lease ran out; answers how many of which queue. Claims do the same, so nothing depends on it.';
 
 -- ---------------------------------------------------------------- retention
 
@@ -1167,7 +1196,10 @@ begin
   return exists (
     select from klieo.responders r
     where live_responders.subject ~ r.pattern
-      and not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id));
+      and case
+        when r.alive_until is null then not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id)
+        else r.alive_until > clock_timestamp()
+      end);
 end
 $$;
 comment on function klieo.live_responders(text) is 'Whether any live process answers requests on the subject.';
@@ -1187,7 +1219,7 @@ comment on function klieo.restored() is 'Whether this database was restored from
 create function klieo.rebase() returns boolean
 language plpgsql as $$
 begin
-  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_changes in access exclusive mode;
+  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes in access exclusive mode;
   if not klieo.restored() then
     return false;
   end if;
@@ -1203,6 +1235,7 @@ begin
   update klieo.deliveries set tx = '3';
   update klieo.messages set tx = '3';
   update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
+  update klieo.kv_entries set tx = '3';
   truncate klieo.kv_changes;
   return true;
 end

@@ -42,8 +42,8 @@ export class BusError extends Error {
   override readonly name = 'BusError'
   readonly code: BusErrorCode
   readonly retryable: boolean
-  readonly expected?: number | null
-  readonly actual?: number | null
+  declare readonly expected?: number | null
+  declare readonly actual?: number | null
 
   constructor(code: BusErrorCode, message: string, details: BusErrorDetails = {}) {
     super(message, details.cause === undefined ? undefined : { cause: details.cause })

@@ -8,22 +8,20 @@ export const MAX_SUBJECT_BYTES = 1024
 const TOKEN = /^[\x21-\x29\x2b-\x2d\x2f-\x3d\x3f-\x7e]+$/
 
 function check(argument: string, value: unknown, wildcards: boolean): void {
-  const fail = (rule: string): never => {
-    throw new BusError('invalid_argument', `${argument} (${kindOf(value)}) ${rule}`)
-  }
-  if (typeof value !== 'string') return fail('must be a string')
-  if (value.length === 0) fail('must not be empty')
-  if (value.length > MAX_SUBJECT_BYTES) fail(`must be at most ${MAX_SUBJECT_BYTES} bytes long`)
+  const fail = (rule: string) => new BusError('invalid_argument', `${argument} (${kindOf(value)}) ${rule}`)
+  if (typeof value !== 'string') throw fail('must be a string')
+  if (value.length === 0) throw fail('must not be empty')
+  if (value.length > MAX_SUBJECT_BYTES) throw fail(`must be at most ${MAX_SUBJECT_BYTES} bytes long`)
   const tokens = value.split('.')
   const first = tokens[0] ?? ''
-  if (first.startsWith('$') || first.startsWith('_INBOX')) fail('must not begin with a reserved token ($… or _INBOX…)')
+  if (first.startsWith('$') || first.startsWith('_INBOX')) throw fail('must not begin with a reserved token ($… or _INBOX…)')
   for (const [index, token] of tokens.entries()) {
-    if (token === '') fail('must not hold an empty token')
+    if (token === '') throw fail('must not hold an empty token')
     if (token === '*' || token === '>') {
-      if (!wildcards) fail('must not hold a wildcard')
-      if (token === '>' && index !== tokens.length - 1) fail('may hold ">" as its last token only')
+      if (!wildcards) throw fail('must not hold a wildcard')
+      if (token === '>' && index !== tokens.length - 1) throw fail('may hold ">" as its last token only')
     } else if (!TOKEN.test(token)) {
-      fail('must be made of tokens of printable ASCII, without white space or wildcards inside a token')
+      throw fail('must be made of tokens of printable ASCII, without white space or wildcards inside a token')
     }
   }
 }

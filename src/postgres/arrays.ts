@@ -22,6 +22,11 @@ export function pgArrayOrNull<T extends Element>(elements: readonly T[], standar
   return elements.every((value) => value === standard) ? null : pgArray(elements)
 }
 
+/** The same bytes as the kind that every driver sends as bytea. */
+export function asBuffer(bytes: Uint8Array): Buffer {
+  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+}
+
 export interface PackedPayloads {
   readonly bytes: Buffer
   /** Positions count from 1. */
@@ -37,6 +42,6 @@ export function packPayloads(payloads: readonly Uint8Array[]): PackedPayloads {
     return own
   })
   const only = payloads.length === 1 ? payloads[0] : undefined
-  const bytes = only ? Buffer.from(only.buffer, only.byteOffset, only.byteLength) : Buffer.concat(payloads)
+  const bytes = only ? asBuffer(only) : Buffer.concat(payloads)
   return { bytes, starts: pgArray(starts), lengths: pgArray(payloads.map((payload) => payload.byteLength)) }
 }

@@ -16,6 +16,4 @@ export interface Context {
   isClosed(): boolean
   /** @throws closed */
   checkOpen(): void
-  /** Whether notifications arrive. */
-  isListening(): boolean
 }

@@ -30,7 +30,10 @@ const MAX_TRIES = 5
 /** Parsers of our own, so that neither the session's DateStyle nor an app's changes to pg's parsers reach us. */
 const parsers: Readonly<Record<number, (text: string) => unknown>> = {
   16: (text) => text === 't',
-  17: (text) => new Uint8Array(text.startsWith('\\x') ? Buffer.from(text.slice(2), 'hex') : (pg.types.getTypeParser(17) as (t: string) => Buffer)(text)),
+  17: (text) =>
+    new Uint8Array(
+      text.startsWith('\\x') ? Buffer.from(text.slice(2), 'hex') : (pg.types.getTypeParser(17) as (t: string) => Buffer)(text),
+    ),
   20: Number,
   21: Number,
   23: Number,
@@ -67,7 +70,7 @@ export class Database {
    * @throws unsupported for a standby or an old server, connection, permission_denied
    */
   async open(): Promise<void> {
-    const [server] = await this.#send<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string }>(
+    const [server] = await this.query<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string }>(
       `select current_setting('server_version_num')::int as version, pg_is_in_recovery() as standby,
          current_setting('default_transaction_isolation') as isolation, current_setting('synchronous_commit') as durable,
          current_setting('default_transaction_read_only') as readonly`,
@@ -215,6 +218,11 @@ export class Database {
     return this.#checking
   }
 
+  async repairIfRestored(): Promise<void> {
+    const [row] = await this.query<{ restored: boolean }>('select klieo.restored() as restored', [], 'connect')
+    if (row?.restored) await this.repair()
+  }
+
   /** Makes the log of a restored database deliverable again; does nothing when it is not needed. */
   async repair(): Promise<void> {
     await this.#send('select klieo.rebase()', [], 'repair the restored log')
@@ -229,7 +237,8 @@ function isKysely(tx: PostgresTx): tx is Transaction<any> {
 /** @throws invalid_argument for what is no transaction */
 export function checkTx(tx: unknown): void {
   if (tx === undefined) return
-  if (typeof tx !== 'object' || tx === null) throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
+  if (typeof tx !== 'object' || tx === null)
+    throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
   if ('executeQuery' in tx && typeof tx.executeQuery === 'function') {
     if ('isTransaction' in tx && tx.isTransaction === false) {
       throw new BusError('invalid_argument', `tx (${kindOf(tx)}) must be a Kysely transaction, not the Kysely instance itself`)
@@ -240,6 +249,9 @@ export function checkTx(tx: unknown): void {
     throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
   }
   if (tx instanceof pg.Pool || ('totalCount' in tx && 'idleCount' in tx)) {
-    throw new BusError('invalid_argument', 'tx (a pool) must be a client that has a transaction open: a pool sends each statement on any connection')
+    throw new BusError(
+      'invalid_argument',
+      'tx (a pool) must be a client that has a transaction open: a pool sends each statement on any connection',
+    )
   }
 }

@@ -25,9 +25,15 @@ const BY_STATE: Readonly<Record<string, Verdict>> = {
   '25P04': { code: 'connection', hint: 'the server ended a long transaction' },
   '54000': { code: 'payload_too_large', hint: 'something is larger than the server takes' },
   '23514': { code: 'invalid_argument', hint: 'a table of the bus refuses the value' },
-  '42P01': { code: 'schema_outdated', hint: 'the tables of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true' },
+  '42P01': {
+    code: 'schema_outdated',
+    hint: 'the tables of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true',
+  },
   '42703': { code: 'schema_outdated', hint: 'the tables of the bus are old; run `klieo-bus migrate` or connect with migrate: true' },
-  '42883': { code: 'schema_outdated', hint: 'the functions of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true' },
+  '42883': {
+    code: 'schema_outdated',
+    hint: 'the functions of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true',
+  },
   '3F000': { code: 'schema_outdated', hint: 'the schema of the bus is missing; run `klieo-bus migrate` or connect with migrate: true' },
   '42501': { code: 'permission_denied', hint: 'the role may not do this; grant it the rights' },
   '3D000': { code: 'not_found', hint: 'the database does not exist; create it' },
@@ -46,7 +52,8 @@ const BY_CLASS: Readonly<Record<string, Verdict>> = {
 /** Errors of the network from before anything was sent: repeating is safe. */
 const NEVER_SENT = new Set(['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'ENOENT', 'EHOSTUNREACH', 'ENETUNREACH'])
 const LOST = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ECONNABORTED'])
-const LOST_TEXT = /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
+const LOST_TEXT =
+  /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
 const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
 
 export function sqlState(error: unknown): string | undefined {
@@ -92,5 +99,9 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
 /** The same statement may be sent again at once: a serialization failure or deadlock, or two who changed the same catalog row. */
 export function isTransient(error: unknown): boolean {
   const state = sqlState(error)
-  return state === '40001' || state === '40P01' || (state === 'XX000' && /tuple concurrently (updated|deleted)/.test(String((error as Error).message)))
+  return (
+    state === '40001' ||
+    state === '40P01' ||
+    (state === 'XX000' && /tuple concurrently (updated|deleted)/.test(String((error as Error).message)))
+  )
 }

@@ -189,7 +189,8 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       const nak = { claim, delayMs, error }
       const done = noWait ? (await this.#nak([nak], true))[0] === true : await this.#naks.add(nak)
       // A job that is dead now has published its dead letter.
-      if (done) this.#context.ringer.ring([queueTopic(claim.queue), ...(claim.attempt >= claim.maxAttempts ? [deadLetterTopic(claim.queue)] : [])])
+      if (done)
+        this.#context.ringer.ring([queueTopic(claim.queue), ...(claim.attempt >= claim.maxAttempts ? [deadLetterTopic(claim.queue)] : [])])
       return done
     },
     deadLetter: async (claim, reason, noWait) => {
@@ -198,7 +199,11 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       return done === true
     },
     heartbeat: async (claim, ttlMs) => {
-      const [row] = await this.#context.db.query<{ expires_at_ms: string | null }>(HEARTBEAT_JOB, [claim.id, claim.token, ttlMs], 'heartbeat')
+      const [row] = await this.#context.db.query<{ expires_at_ms: string | null }>(
+        HEARTBEAT_JOB,
+        [claim.id, claim.token, ttlMs],
+        'heartbeat',
+      )
       return row?.expires_at_ms == null ? null : new Date(Number(row.expires_at_ms))
     },
     release: async (claim) => {

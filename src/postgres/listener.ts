@@ -10,8 +10,8 @@
  * end it and a new one is made, and its pauses throw once it is closed.
  */
 
-import createSubscriber from 'pg-listen'
 import type pg from 'pg'
+import createSubscriber from 'pg-listen'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 
 export type ListenerState = 'connecting' | 'listening' | 'poll-only' | 'closed'

@@ -10,7 +10,7 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { Kysely, PostgresAdapter, PostgresDialect, sql } from 'kysely'
 import { type Migration, type MigrationProvider, Migrator } from 'kysely/migration'
-import pg from 'pg'
+import type pg from 'pg'
 import { BusError } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, sqlState, toBusError } from './errors.ts'

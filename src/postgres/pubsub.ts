@@ -167,7 +167,11 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
           `durable "${durable}" exists with the filter "${found.filter}", not "${filter}"; use another name, or delete it and lose its position`,
         )
       }
-      const [made] = await this.#context.db.query<{ id: number }>(CREATE_DURABLE, [durable, filter, seq, time, start === 'new'], 'subscribe')
+      const [made] = await this.#context.db.query<{ id: number }>(
+        CREATE_DURABLE,
+        [durable, filter, seq, time, start === 'new'],
+        'subscribe',
+      )
       if (made) return made.id
     }
   }
@@ -207,7 +211,11 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     { ackWaitMs, maxAckPending, maxDeliver }: CheckedSubscription,
   ): Promise<Fetched<PgDelivery>> {
     this.#context.checkOpen()
-    const rows = await this.#context.db.query<FetchRow>(FETCH, [consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES], 'fetch')
+    const rows = await this.#context.db.query<FetchRow>(
+      FETCH,
+      [consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES],
+      'fetch',
+    )
     const end = rows.pop()
     // In a transaction of its own: what is published beside a cursor that moves is lost to it.
     if (end?.final_due) await this.#bury(consumer, durable)
@@ -296,7 +304,10 @@ function publishParameters(messages: readonly CheckedMessage[]): unknown[] {
 }
 
 export function tooMuch(what: string, bytes: number): BusError {
-  return new BusError('payload_too_large', `${what} hold ${bytes} bytes together; one call carries at most ${MAX_STATEMENT_BYTES}: make several calls`)
+  return new BusError(
+    'payload_too_large',
+    `${what} hold ${bytes} bytes together; one call carries at most ${MAX_STATEMENT_BYTES}: make several calls`,
+  )
 }
 
 function topics(messages: readonly CheckedMessage[]): Topic[] {

@@ -35,11 +35,12 @@ const ENDED = `
 export class Ringer {
   readonly #db: Database
   readonly #bell: Bell
-  readonly #channel: string
+  readonly channel: string
   readonly #instance: string
   readonly #waiting = new Set<string>()
   readonly #transactions = new Map<string, Topic[]>()
-  #flushing = false
+  #flushing: Promise<void> | undefined
+  #endGap: (() => void) | undefined
   #looking = false
   #lookMs = FIRST_LOOK_MS
   #wakeLook: (() => void) | undefined
@@ -48,7 +49,7 @@ export class Ringer {
   constructor(db: Database, bell: Bell, channel: string, instance: string) {
     this.#db = db
     this.#bell = bell
-    this.#channel = channel
+    this.channel = channel
     this.#instance = instance
   }
 
@@ -57,10 +58,15 @@ export class Ringer {
     this.#bell.ring(topics)
     if (this.#closed) return
     for (const { kind, name } of topics) this.#waiting.add(`${kind}:${name}`)
-    if (!this.#flushing) {
-      this.#flushing = true
-      void this.#flush()
-    }
+    this.#flushing ??= this.#flush()
+  }
+
+  /** The text of a notification, for a statement that sends it along. */
+  notice(topics: readonly Topic[]): string {
+    return notice(
+      this.#instance,
+      topics.map(({ kind, name }) => `${kind}:${name}`),
+    )
   }
 
   /** What is in a caller's transaction. @param tx its xid, as text */
@@ -89,25 +95,35 @@ export class Ringer {
     )
   }
 
-  close(): void {
+  /** What was rung before goes out first. */
+  async close(): Promise<void> {
     this.#closed = true
     this.#wakeLook?.()
+    this.#endGap?.()
+    await this.#flushing
   }
 
   async #flush(): Promise<void> {
     // What the same tick rings goes along.
     await Promise.resolve()
-    while (this.#waiting.size > 0 && !this.#closed) {
+    while (this.#waiting.size > 0) {
       const topics = [...this.#waiting]
       this.#waiting.clear()
       try {
-        await this.#db.query(NOTIFY, [this.#channel, notice(this.#instance, topics)], 'notify')
+        await this.#db.query(NOTIFY, [this.channel, notice(this.#instance, topics)], 'notify')
       } catch {
         // The listeners poll.
       }
-      await new Promise<void>((resolve) => setTimeout(resolve, GAP_MS).unref())
+      if (this.#closed) continue
+      await new Promise<void>((resolve) => {
+        const timer = setTimeout(resolve, GAP_MS)
+        this.#endGap = () => {
+          clearTimeout(timer)
+          resolve()
+        }
+      })
     }
-    this.#flushing = false
+    this.#flushing = undefined
   }
 
   async #look(): Promise<void> {
@@ -123,7 +139,11 @@ export class Ringer {
       this.#lookMs = Math.min(LATEST_LOOK_MS, this.#lookMs * 1.5)
       if (this.#closed) return
       try {
-        const ended = await this.#db.query<{ tx: string; status: string | null }>(ENDED, [`{${[...this.#transactions.keys()].join(',')}}`], 'look')
+        const ended = await this.#db.query<{ tx: string; status: string | null }>(
+          ENDED,
+          [`{${[...this.#transactions.keys()].join(',')}}`],
+          'look',
+        )
         for (const { tx, status } of ended) {
           const topics = this.#transactions.get(tx) ?? []
           this.#transactions.delete(tx)

@@ -19,7 +19,9 @@ export function quoteIdentifier(name: string): string {
 export function inSchema(sql: string, schema: string): string {
   if (schema === DEFAULT_SCHEMA) return sql
   const quoted = quoteIdentifier(schema)
-  return sql.replace(/\bklieo\.(?=[a-z_])/g, `${quoted}.`).replaceAll('create schema if not exists klieo;', `create schema if not exists ${quoted};`)
+  return sql
+    .replace(/\bklieo\.(?=[a-z_])/g, `${quoted}.`)
+    .replaceAll('create schema if not exists klieo;', `create schema if not exists ${quoted};`)
 }
 
 /** The notification channel of a schema: short, lower case, the same for everyone. */

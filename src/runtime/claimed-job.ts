@@ -1,10 +1,10 @@
 /** The holder's side of a claimed job: written once for every backend. */
 
 import {
+  type ClaimedJob,
   checkDuration,
   checkOptions,
   checkText,
-  type ClaimedJob,
   closedError,
   type Headers,
   type Lease,

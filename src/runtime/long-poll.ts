@@ -18,13 +18,13 @@ export async function longPoll<T>(poll: LongPoll<T>): Promise<T | undefined> {
   const end = poll.clock.now() + poll.waitMs
   try {
     for (;;) {
+      if (poll.signal?.aborted) return undefined
       const found = await poll.attempt()
-      if (found !== undefined || poll.signal?.aborted) return found
+      if (found !== undefined) return found
       if (poll.clock.now() >= end) return undefined
       const pause = await poll.pauseMs()
       const left = end - poll.clock.now()
       await poll.ear.wait(Math.max(1, Math.min(left, pause)), poll.signal)
-      if (poll.signal?.aborted) return undefined
     }
   } finally {
     poll.ear.close()

@@ -1,17 +1,18 @@
 import {
   BusError,
+  type ClaimedJob,
   checkDuration,
   checkFunction,
   checkId,
   checkInteger,
   checkOptions,
   checkQueue,
-  type ClaimedJob,
   invalid,
   isBusError,
   type JobQueue,
 } from '../core/index.ts'
 import { reconnectDelayMs } from './backoff.ts'
+import { errorText } from './error-text.ts'
 
 export interface WorkerOptions {
   /** Jobs handled at once. @default 1 */
@@ -40,7 +41,6 @@ interface Running<Tx> {
 const CLAIM_WAIT_MS = 20_000
 /** A lease shorter than this would be nothing but heartbeats. */
 const LEAST_HEARTBEAT_MS = 10
-const LONGEST_ERROR = 4_000
 
 /**
  * Runs a handler for the jobs of a queue, on any backend. It starts at once, claims as many jobs as it has free places,
@@ -164,7 +164,7 @@ export class Worker<Tx = never> implements AsyncDisposable {
     } catch (error) {
       heartbeat.stop()
       this.#report(error, job)
-      await this.#attempt(job, () => job.nak(undefined, { error: describe(error) }))
+      await this.#attempt(job, () => job.nak(undefined, { error: errorText(error) }))
     } finally {
       heartbeat.stop()
       lost.removeEventListener('abort', onLost)
@@ -211,7 +211,7 @@ export class Worker<Tx = never> implements AsyncDisposable {
   #report(error: unknown, job?: ClaimedJob<Tx>): void {
     try {
       if (this.#onError) this.#onError(error, job as ClaimedJob | undefined)
-      else if (!job) process.emitWarning(`worker of queue "${this.#queue}": ${describe(error)}`, 'KlieoBusWarning')
+      else if (!job) process.emitWarning(`worker of queue "${this.#queue}": ${errorText(error)}`, 'KlieoBusWarning')
     } catch {
       // A listener that throws must not end the worker.
     }
@@ -227,15 +227,4 @@ export class Worker<Tx = never> implements AsyncDisposable {
       signal.removeEventListener('abort', resolve as () => void)
     })
   }
-}
-
-/** What is kept with the job of a handler's error: its message, not its stack. */
-function describe(error: unknown): string {
-  let text: string
-  try {
-    text = error instanceof Error ? error.message : String(error)
-  } catch {
-    text = 'the handler threw something that has no text'
-  }
-  return text.replaceAll('\0', '').toWellFormed().slice(0, LONGEST_ERROR).toWellFormed()
 }

@@ -1,0 +1,221 @@
+import pg from 'pg'
+import {
+  type Bus,
+  BusError,
+  type Capabilities,
+  checkDuration,
+  checkInteger,
+  checkOptions,
+  closedError,
+  DEFAULT_MAX_PAYLOAD_BYTES,
+  invalid,
+  LARGEST_MAX_PAYLOAD_BYTES,
+} from '../core/index.ts'
+import { Bell } from '../runtime/bell.ts'
+import { systemClock } from '../runtime/clock.ts'
+import type { Context } from './context.ts'
+import { Database, type PostgresTx } from './database.ts'
+import { PostgresJobs } from './jobs.ts'
+import { PostgresKv } from './kv.ts'
+import { Listener } from './listener.ts'
+import { Maintenance } from './maintenance.ts'
+import { checkSchemaState, migrate, readSchemaState } from './migrations.ts'
+import { Presence } from './presence.ts'
+import { PostgresPubsub } from './pubsub.ts'
+import { PostgresRequestReply } from './request-reply.ts'
+import { Ringer } from './ringer.ts'
+import { channelOf, checkSchema, DEFAULT_SCHEMA } from './schema-name.ts'
+
+export interface PostgresBusOptions {
+  /** Where the server is. @default the PG* environment */
+  readonly connectionString?: string
+  /** A pool of the app's own, instead of `connectionString`. The bus neither configures nor ends it. */
+  readonly pool?: pg.Pool
+  /** Several buses can share a database, each in a schema of its own. @default 'klieo' */
+  readonly schema?: string
+  /** Bring the schema up to date; false: `schema_outdated` unless it is. @default true */
+  readonly migrate?: boolean
+  /** Take part in electing the one process that reaps and prunes. @default true */
+  readonly maintenance?: boolean
+  readonly retention?: {
+    /** How old a message becomes at the least, in ms. @default 604_800_000 (7 days) */
+    readonly messagesMs?: number
+    /** How long a dead job is kept, in ms. @default 1_209_600_000 (14 days) */
+    readonly deadJobsMs?: number
+  }
+  /** 1 to 8,388,608. @default 1_048_576 */
+  readonly maxPayloadBytes?: number
+  /** A direct connection for LISTEN and presence when the pool goes through a pooler. @default where the pool connects */
+  readonly listenConnectionString?: string
+  /** The floor under the notifications, in ms; jittered; at least 10. @default 1_000 */
+  readonly pollIntervalMs?: number
+}
+
+const DEFAULT_RETENTION = { messagesMs: 7 * 24 * 60 * 60 * 1_000, deadJobsMs: 14 * 24 * 60 * 60 * 1_000 }
+/** How long `connect` waits for LISTEN before it goes on without; LISTEN may come later. */
+const LISTEN_WAIT_MS = 3_000
+
+const SUPPORTS: Capabilities = Object.freeze({
+  backend: 'postgres',
+  transactions: true,
+  persistent: true,
+  shared: true,
+  watch: true,
+  fencing: 'strict',
+  readYourWrites: true,
+  priorities: true,
+})
+
+/** The bus on PostgreSQL 14 or newer. */
+export class PostgresBus implements Bus<PostgresTx> {
+  readonly pubsub: PostgresPubsub
+  readonly requestReply: PostgresRequestReply
+  readonly kv: PostgresKv
+  readonly jobs: PostgresJobs
+  readonly supports: Capabilities = SUPPORTS
+  readonly #context: Context
+  readonly #listener: Listener
+  readonly #maintenance: Maintenance | undefined
+  readonly #state: { closed: boolean }
+  #closing: Promise<void> | undefined
+
+  private constructor(
+    context: Context,
+    state: { closed: boolean },
+    listener: Listener,
+    presence: Presence,
+    maintenance: Maintenance | undefined,
+  ) {
+    this.#context = context
+    this.#state = state
+    this.#listener = listener
+    this.#maintenance = maintenance
+    this.pubsub = new PostgresPubsub(context)
+    this.requestReply = new PostgresRequestReply(context, presence)
+    this.kv = new PostgresKv(context)
+    this.jobs = new PostgresJobs(context)
+  }
+
+  /**
+   * Connects, brings the schema up to date and begins to listen.
+   *
+   * @throws invalid_argument, connection, permission_denied, unavailable, unsupported for a standby or a server older than
+   * 14, schema_outdated for a schema that this version cannot work with
+   */
+  static async connect(options: PostgresBusOptions = {}): Promise<PostgresBus> {
+    const checked = check(options)
+    const ownsPool = options.pool === undefined
+    const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS })
+    const db = new Database(pool, ownsPool, checked.schema)
+    try {
+      await db.open()
+      if (checked.migrate) await migrate(pool, checked.schema)
+      else checkSchemaState(await readSchemaState(pool, checked.schema), checked.schema)
+      // Before anything is published: afterwards old and new xids could not be told apart.
+      await db.repairIfRestored()
+    } catch (error) {
+      await db.close().catch(() => {})
+      throw error
+    }
+
+    const bell = new Bell(systemClock)
+    const instance = crypto.randomUUID()
+    const channel = channelOf(checked.schema)
+    const ringer = new Ringer(db, bell, channel, instance)
+    const state = { closed: false }
+    const direct = options.listenConnectionString === undefined ? configOf(pool) : connectionOf(options.listenConnectionString)
+    const listener = new Listener(direct, channel, {
+      onNotification: (payload) => ringer.heard(payload),
+      onConnected: () => bell.ringAll(),
+    })
+    const context: Context = {
+      db,
+      bell,
+      ringer,
+      clock: systemClock,
+      instance,
+      maxPayloadBytes: checked.maxPayloadBytes,
+      pollIntervalMs: checked.pollIntervalMs,
+      isClosed: () => state.closed,
+      checkOpen() {
+        if (state.closed) throw closedError('the bus')
+      },
+    }
+    // A pooler that lets LISTEN through to nobody keeps no lock for a session either.
+    const presence = new Presence(db, direct, () => listener.state !== 'poll-only')
+    await listener.start(LISTEN_WAIT_MS)
+    const maintenance = checked.maintenance ? new Maintenance(context, checked.retention) : undefined
+    const bus = new PostgresBus(context, state, listener, presence, maintenance)
+    maintenance?.start()
+    return bus
+  }
+
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  async #close(): Promise<void> {
+    const { bell, ringer, db } = this.#context
+    this.#state.closed = true
+    bell.ringAll()
+    await Promise.all([this.pubsub.close(), this.jobs.close(), this.kv.close(), this.requestReply.close(), this.#maintenance?.close()])
+    await ringer.close()
+    await Promise.all([this.#listener.close(), db.close()])
+  }
+}
+
+const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', keepAlive: true }
+
+function connectionOf(connectionString: string | undefined): pg.ClientConfig {
+  return connectionString === undefined ? {} : { connectionString }
+}
+
+/** Where a pool connects. Its password is not enumerable. */
+function configOf(pool: pg.Pool): pg.ClientConfig {
+  const { options } = pool as unknown as { options: pg.PoolConfig }
+  const { connectionString, host, port, user, database, ssl, password } = options
+  const given = { connectionString, host, port, user, database, ssl, password }
+  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined))
+}
+
+function check(options: PostgresBusOptions) {
+  checkOptions(options)
+  const { connectionString, pool, schema = DEFAULT_SCHEMA, maintenance = true, retention = {}, listenConnectionString } = options
+  const { maxPayloadBytes = DEFAULT_MAX_PAYLOAD_BYTES, pollIntervalMs = 1_000 } = options
+  if (connectionString !== undefined && pool !== undefined) {
+    throw invalid('pool', pool, 'must not be given together with connectionString')
+  }
+  checkConnectionString('connectionString', connectionString)
+  checkConnectionString('listenConnectionString', listenConnectionString)
+  if (
+    pool !== undefined &&
+    (typeof pool !== 'object' || pool === null || typeof pool.connect !== 'function' || typeof pool.query !== 'function')
+  ) {
+    throw invalid('pool', pool, 'must be a pg.Pool')
+  }
+  checkSchema(schema)
+  checkBoolean('migrate', options.migrate)
+  checkBoolean('maintenance', options.maintenance)
+  checkOptions(retention)
+  const { messagesMs = DEFAULT_RETENTION.messagesMs, deadJobsMs = DEFAULT_RETENTION.deadJobsMs } = retention
+  checkDuration('retention.messagesMs', messagesMs)
+  checkDuration('retention.deadJobsMs', deadJobsMs)
+  checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)
+  checkDuration('pollIntervalMs', pollIntervalMs, 10)
+  return { schema, migrate: options.migrate ?? true, maintenance, retention: { messagesMs, deadJobsMs }, maxPayloadBytes, pollIntervalMs }
+}
+
+function checkConnectionString(argument: string, value: unknown): void {
+  if (value !== undefined && (typeof value !== 'string' || value === '')) {
+    throw new BusError('invalid_argument', `${argument} must be a connection string such as postgres://user@host:5432/database`)
+  }
+}
+
+function checkBoolean(argument: string, value: unknown): void {
+  if (value !== undefined && typeof value !== 'boolean') throw invalid(argument, value, 'must be a boolean')
+}

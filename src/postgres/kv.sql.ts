@@ -1,0 +1,120 @@
+/** The statements of the key-value store and its leases. Whatever may run in a caller's transaction takes and answers text. */
+
+export const GET = `
+  select value, revision, extract(epoch from updated_at) * 1000 as updated_at_ms
+  from klieo.kv_get($1, $2)`
+
+/** $1 bucket, $2 key, $3 value, $4 ttl in ms or null */
+export const PUT = `
+  select klieo.kv_put($1::text, $2::text, $3::bytea, $4::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
+
+/** $1 bucket, $2 key, $3 value, $4 expected revision or null, $5 ttl in ms or null. A null revision: lost. */
+export const CAS = `
+  select klieo.kv_cas($1::text, $2::text, $3::bytea, $4::text::bigint, $5::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
+
+/** $1 bucket, $2 key, $3 expected revision or null. A null revision: nothing was deleted. */
+export const DELETE = `
+  select klieo.kv_delete($1::text, $2::text, $3::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
+
+/** The revision of a key that is there. */
+export const REVISION = `
+  select revision::text as revision from klieo.kv_get($1::text, $2::text)`
+
+/** $1 bucket, $2 pattern or null, $3 after this key, $4 how many */
+export const KEYS = `
+  select e.key
+  from klieo.kv_entries e
+  where e.bucket = $1
+    and e.key > $3
+    and e.value is not null
+    and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+    and ($2::text is null or e.key ~ (select klieo.filter_pattern($2)))
+  order by e.key
+  limit $4`
+
+export const WATCH_SNAPSHOT = `select pg_current_snapshot()::text as snapshot`
+
+/**
+ * Present entries as of a snapshot: what a later transaction wrote comes among the changes, and is left out here.
+ * $1 bucket, $2 filter or null, $3 after this key, $4 how many, $5 snapshot
+ */
+export const WATCH_ENTRIES = `
+  select e.key, e.value, e.revision, extract(epoch from e.updated_at) * 1000 as updated_at_ms
+  from klieo.kv_entries e
+  where e.bucket = $1
+    and e.key > $3
+    and e.value is not null
+    and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+    and ($2::text is null or e.key ~ (select klieo.filter_pattern($2)))
+    -- An xid beyond the present one is from the cluster that a restored dump came from.
+    and (pg_visible_in_snapshot(e.tx, $5::pg_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))
+  order by e.key
+  limit $4`
+
+/**
+ * A page of the window between two snapshots (two arms, so that each starts from the index; docs/adr/0001-log.md), in the order of the revisions. A key's revisions grow in commit order, so
+ * that order over a window, and windows one after the other, keep it.
+ * $1 bucket, $2 filter or null, $3 old snapshot, $4 new snapshot, $5 after this revision, $6 how many
+ */
+export const WATCH_CHANGES = `
+  select c.key, c.value, c.revision, extract(epoch from c.changed_at) * 1000 as updated_at_ms
+  from (
+    (
+      select s.key, s.value, s.revision, s.changed_at
+      from klieo.kv_changes s
+      where s.tx = any (array(select pg_snapshot_xip($3::pg_snapshot)))
+        and pg_visible_in_snapshot(s.tx, $4::pg_snapshot)
+        and s.bucket = $1
+        and s.revision > $5
+        and ($2::text is null or s.key ~ (select klieo.filter_pattern($2)))
+    )
+    union all
+    (
+      select n.key, n.value, n.revision, n.changed_at
+      from klieo.kv_changes n
+      where n.tx >= pg_snapshot_xmax($3::pg_snapshot)
+        and n.tx < pg_snapshot_xmax($4::pg_snapshot)
+        and pg_visible_in_snapshot(n.tx, $4::pg_snapshot)
+        and n.bucket = $1
+        and n.revision > $5
+        and ($2::text is null or n.key ~ (select klieo.filter_pattern($2)))
+    )
+  ) c
+  order by c.revision
+  limit $6`
+
+/**
+ * Grants a lease that nobody holds. Where it is held, a look without a lock: those who wait write nothing. The fence and
+ * the expiry are set after the row is locked.
+ * $1 bucket, $2 key, $3 token, $4 holder, $5 ttl in ms
+ */
+export const LEASE = `
+  insert into klieo.kv_leases as l (bucket, key, fence, token, holder, expires_at)
+  select $1, $2, nextval('klieo.lease_fence'), $3::uuid, $4, clock_timestamp() + make_interval(secs => $5::double precision / 1000)
+  where not exists (select from klieo.kv_leases h where h.bucket = $1 and h.key = $2 and h.expires_at > clock_timestamp())
+  on conflict (bucket, key) do update
+    set fence = nextval('klieo.lease_fence'), token = excluded.token, holder = excluded.holder,
+      expires_at = clock_timestamp() + make_interval(secs => $5::double precision / 1000)
+    where l.expires_at <= clock_timestamp()
+  returning l.fence, extract(epoch from l.expires_at) * 1000 as expires_at_ms`
+
+/** How long the holder still has, in ms; no row: nobody holds it. */
+export const LEASE_LEFT = `
+  select extract(epoch from expires_at - clock_timestamp()) * 1000 as left_ms
+  from klieo.kv_leases
+  where bucket = $1 and key = $2 and expires_at > clock_timestamp()`
+
+/** Locked first, so that the expiry is looked at after a wait. $1 bucket, $2 key, $3 token, $4 ttl in ms */
+export const LEASE_HEARTBEAT = `
+  with mine as materialized (
+    select l.bucket, l.key from klieo.kv_leases l where l.bucket = $1 and l.key = $2 and l.token = $3::uuid for no key update
+  )
+  update klieo.kv_leases l
+  set expires_at = clock_timestamp() + make_interval(secs => $4::double precision / 1000)
+  from mine
+  where l.bucket = mine.bucket and l.key = mine.key and l.expires_at > clock_timestamp()
+  returning extract(epoch from l.expires_at) * 1000 as expires_at_ms`
+
+/** The row stays, so that the fence grows for ever. */
+export const LEASE_RELEASE = `
+  update klieo.kv_leases set expires_at = '-infinity' where bucket = $1 and key = $2 and token = $3::uuid`

@@ -1,0 +1,310 @@
+import {
+  BusError,
+  casConflict,
+  checkBucket,
+  checkDuration,
+  checkFilter,
+  checkKey,
+  checkOptions,
+  checkPayload,
+  checkRevision,
+  checkSignal,
+  type KvChange,
+  type KvDeleteOptions,
+  type KvEntry,
+  type KvPutOptions,
+  type KvStore,
+  type KvWatch,
+  type KvWatchOptions,
+  type Lease,
+  type LeaseOptions,
+  type Payload,
+  type Revision,
+} from '../core/index.ts'
+import { jittered } from '../runtime/backoff.ts'
+import type { Topic } from '../runtime/bell.ts'
+import { HeldLease } from '../runtime/lease.ts'
+import { longPoll } from '../runtime/long-poll.ts'
+import { type ChangeSource, ChangeWatch } from '../runtime/watch.ts'
+import { asBuffer } from './arrays.ts'
+import type { Context } from './context.ts'
+import { checkTx, type PostgresTx, type Row } from './database.ts'
+import {
+  CAS,
+  DELETE,
+  GET,
+  KEYS,
+  LEASE,
+  LEASE_HEARTBEAT,
+  LEASE_LEFT,
+  LEASE_RELEASE,
+  PUT,
+  REVISION,
+  WATCH_CHANGES,
+  WATCH_ENTRIES,
+  WATCH_SNAPSHOT,
+} from './kv.sql.ts'
+
+/** How long prune_kv leaves changes, less a margin. */
+export const CHANGES_KEPT_MS = 9 * 60 * 1_000
+const KEYS_PAGE = 1_000
+/** Values may be large. */
+const WATCH_PAGE = 100
+
+interface WriteRow extends Row {
+  readonly revision: string | null
+  readonly tx: string
+}
+
+interface EntryRow extends Row {
+  readonly key: string
+  readonly value: Uint8Array | null
+  readonly revision: number
+  readonly updated_at_ms: string
+}
+
+export class PostgresKv implements KvStore<PostgresTx> {
+  readonly #context: Context
+  readonly #watches = new Set<ChangeWatch>()
+  readonly #leases = new Map<HeldLease, () => Promise<void>>()
+
+  constructor(context: Context) {
+    this.#context = context
+  }
+
+  async get(bucket: string, key: string): Promise<KvEntry | null> {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'read')
+    checkKey(bucket, key)
+    const [row] = await this.#context.db.query<EntryRow>(GET, [bucket, key], 'get')
+    return row ? toEntry({ ...row, key }) : null
+  }
+
+  async put(bucket: string, key: string, value: Payload, options: KvPutOptions<PostgresTx> = {}): Promise<Revision> {
+    const { bytes, ttlMs, tx } = this.#checkWrite(bucket, key, value, options)
+    const { revision } = await this.#write(bucket, PUT, [bucket, key, bytes, ttlMs], 'put', tx)
+    return Number(revision)
+  }
+
+  async cas(
+    bucket: string,
+    key: string,
+    value: Payload,
+    expected: Revision | null,
+    options: KvPutOptions<PostgresTx> = {},
+  ): Promise<Revision> {
+    const { bytes, ttlMs, tx } = this.#checkWrite(bucket, key, value, options)
+    if (expected !== null) checkRevision('expected', expected)
+    for (;;) {
+      const { revision } = await this.#write(bucket, CAS, [bucket, key, bytes, text(expected), ttlMs], 'cas', tx)
+      if (revision !== null) return Number(revision)
+      const actual = await this.#revision(bucket, key, 'cas', tx)
+      // What was in the way is gone again: the key is as expected now.
+      if (actual !== expected) throw casConflict(key, expected, actual)
+    }
+  }
+
+  async delete(bucket: string, key: string, options: KvDeleteOptions<PostgresTx> = {}): Promise<void> {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'read')
+    checkKey(bucket, key)
+    checkOptions(options)
+    const { expected, tx } = options
+    checkTx(tx)
+    if (expected !== undefined) checkRevision('expected', expected)
+    const { revision } = await this.#write(bucket, DELETE, [bucket, key, text(expected ?? null)], 'delete', tx)
+    if (revision !== null || expected === undefined) return
+    // A key that is absent is not at the expected revision either.
+    throw casConflict(key, expected, await this.#revision(bucket, key, 'delete', tx))
+  }
+
+  async *keys(bucket: string, filter?: string): AsyncGenerator<string, void, undefined> {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'read')
+    if (filter !== undefined) checkFilter(filter, 'filter')
+    let after = ''
+    for (;;) {
+      const rows = await this.#context.db.query<{ key: string }>(KEYS, [bucket, filter ?? null, after, KEYS_PAGE], 'keys')
+      for (const { key } of rows) yield key
+      if (rows.length < KEYS_PAGE) return
+      after = rows.at(-1)?.key ?? after
+    }
+  }
+
+  async watch(bucket: string, filter?: string, options: KvWatchOptions = {}): Promise<KvWatch> {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'read')
+    if (filter !== undefined) checkFilter(filter, 'filter')
+    checkOptions(options)
+    const { signal, updatesOnly = false } = options
+    checkSignal(signal)
+    const { bell, clock, pollIntervalMs, isClosed } = this.#context
+    const ear = bell.listen({ kind: 'bucket', name: bucket })
+    try {
+      const source = await this.#changes(bucket, filter ?? null, updatesOnly)
+      this.#context.checkOpen()
+      const watch = new ChangeWatch({
+        clock,
+        ear,
+        source,
+        pollIntervalMs,
+        keptMs: CHANGES_KEPT_MS,
+        signal,
+        isClosed,
+        onClose: (closed) => this.#watches.delete(closed),
+      })
+      this.#watches.add(watch)
+      return watch
+    } catch (error) {
+      ear.close()
+      throw error
+    }
+  }
+
+  async lease(bucket: string, key: string, ttlMs: number, options: LeaseOptions = {}): Promise<Lease> {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'write')
+    checkKey(bucket, key)
+    checkDuration('ttlMs', ttlMs, 1)
+    checkOptions(options)
+    const { waitMs = 0, signal } = options
+    checkDuration('waitMs', waitMs)
+    checkSignal(signal)
+    const { clock, bell, pollIntervalMs, db } = this.#context
+    const lease = await longPoll({
+      clock,
+      waitMs,
+      signal,
+      ear: bell.listen({ kind: 'lease', name: `${bucket}/${key}` }),
+      attempt: () => this.#lease(bucket, key, ttlMs),
+      pauseMs: async () => {
+        const [row] = await db.query<{ left_ms: string }>(LEASE_LEFT, [bucket, key], 'lease')
+        // A little later than it ends: the server's clock is the one that counts.
+        return Math.min(jittered(pollIntervalMs), row ? Number(row.left_ms) + 1 : 0)
+      },
+    })
+    if (lease) return lease
+    this.#context.checkOpen()
+    if (signal?.aborted) {
+      throw new BusError('timeout', `lease "${key}" in bucket "${bucket}": the caller's signal was aborted`, { cause: signal.reason })
+    }
+    throw new BusError('lease_held', `lease "${key}" in bucket "${bucket}" is held by somebody else; try again, or wait with waitMs`)
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...[...this.#watches].map((watch) => watch.close()), ...[...this.#leases.values()].map((handBack) => handBack())])
+  }
+
+  #checkWrite(bucket: string, key: string, value: Payload, options: KvPutOptions<PostgresTx>) {
+    this.#context.checkOpen()
+    checkBucket(bucket, 'write')
+    checkKey(bucket, key)
+    checkOptions(options)
+    const { ttlMs, tx } = options
+    checkTx(tx)
+    if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs, 1)
+    const bytes = asBuffer(checkPayload(value, this.#context.maxPayloadBytes, 'value'))
+    return { bytes, ttlMs: text(ttlMs ?? null), tx }
+  }
+
+  async #write(bucket: string, statement: string, values: unknown[], doing: string, tx: PostgresTx | undefined): Promise<WriteRow> {
+    const { db, ringer } = this.#context
+    const [row] =
+      tx === undefined ? await db.query<WriteRow>(statement, values, doing) : await db.queryIn<WriteRow>(tx, statement, values, doing)
+    if (!row) throw new BusError('internal', `${doing}: the server answered nothing`)
+    if (row.revision !== null) {
+      const topics: Topic[] = [{ kind: 'bucket', name: bucket }]
+      if (tx === undefined) ringer.ring(topics)
+      else ringer.afterCommit(row.tx, topics)
+    }
+    return row
+  }
+
+  async #revision(bucket: string, key: string, doing: string, tx: PostgresTx | undefined): Promise<Revision | null> {
+    const { db } = this.#context
+    const [row] =
+      tx === undefined
+        ? await db.query<{ revision: string }>(REVISION, [bucket, key], doing)
+        : await db.queryIn<{ revision: string }>(tx, REVISION, [bucket, key], doing)
+    return row ? Number(row.revision) : null
+  }
+
+  /** The entries of a snapshot, page by page, and then one window of changes after the other. */
+  async #changes(bucket: string, filter: string | null, updatesOnly: boolean): Promise<ChangeSource> {
+    const { db } = this.#context
+    const snapshot = async () => (await db.query<{ snapshot: string }>(WATCH_SNAPSHOT, [], 'watch'))[0]?.snapshot as string
+    const start = await snapshot()
+    let lo = start
+    let hi: string | undefined
+    let entriesAfter: string | undefined = updatesOnly ? undefined : ''
+    let position = 0
+    return {
+      read: async () => {
+        if (entriesAfter !== undefined) {
+          const rows = await db.query<EntryRow>(WATCH_ENTRIES, [bucket, filter, entriesAfter, WATCH_PAGE, start], 'watch')
+          entriesAfter = rows.length < WATCH_PAGE ? undefined : rows.at(-1)?.key
+          if (rows.length > 0) return rows.map(toChange)
+        }
+        hi ??= await snapshot()
+        const rows = await db.query<EntryRow>(WATCH_CHANGES, [bucket, filter, lo, hi, position, WATCH_PAGE], 'watch')
+        if (rows.length < WATCH_PAGE) {
+          lo = hi
+          hi = undefined
+          position = 0
+        } else position = rows.at(-1)?.revision ?? position
+        return rows.map(toChange)
+      },
+    }
+  }
+
+  async #lease(bucket: string, key: string, ttlMs: number): Promise<Lease | undefined> {
+    this.#context.checkOpen()
+    const { clock, db, instance, ringer } = this.#context
+    const token = crypto.randomUUID()
+    const askedAt = clock.now()
+    const [row] = await db.query<{ fence: number; expires_at_ms: string }>(LEASE, [bucket, key, token, instance, ttlMs], 'lease')
+    if (!row) return undefined
+    const release = async () => {
+      this.#leases.delete(lease)
+      await db.query(LEASE_RELEASE, [bucket, key, token], 'release')
+      ringer.ring([{ kind: 'lease', name: `${bucket}/${key}` }])
+    }
+    const lease: HeldLease = new HeldLease(
+      `lease "${key}" in bucket "${bucket}"`,
+      clock,
+      { fence: row.fence, ttlMs, expiresAt: new Date(Number(row.expires_at_ms)), askedAt },
+      {
+        heartbeat: async () => {
+          this.#context.checkOpen()
+          const [beat] = await db.query<{ expires_at_ms: string }>(LEASE_HEARTBEAT, [bucket, key, token, ttlMs], 'heartbeat')
+          if (beat) return new Date(Number(beat.expires_at_ms))
+          this.#leases.delete(lease)
+          return null
+        },
+        release,
+      },
+    )
+    this.#leases.set(lease, async () => {
+      lease.close()
+      await release().catch(() => {}) // it ends by itself
+    })
+    lease.signal.addEventListener('abort', () => this.#leases.delete(lease), { once: true })
+    // The bus closed while the grant was under way.
+    if (this.#context.isClosed()) await this.close()
+    return lease
+  }
+}
+
+function text(value: number | null): string | null {
+  return value === null ? null : String(value)
+}
+
+function toEntry({ key, value, revision, updated_at_ms }: EntryRow): KvEntry {
+  return { key, value: value as Uint8Array, revision: Number(revision), updatedAt: new Date(Number(updated_at_ms)) }
+}
+
+function toChange(row: EntryRow): KvChange {
+  return row.value === null
+    ? { operation: 'delete', key: row.key, revision: Number(row.revision) }
+    : { operation: 'put', entry: toEntry(row) }
+}

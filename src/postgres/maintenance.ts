@@ -1,0 +1,151 @@
+/**
+ * Reaping and pruning. One process of many does it: the one that holds the bus's own lease. Nothing depends on it but
+ * space and tidiness: expired leases are taken back by whoever claims next, with or without it.
+ *
+ *   candidate ── lease granted ──▶ elected ── lease lost, or an error ──▶ candidate
+ */
+
+import { reconnectDelayMs } from '../runtime/backoff.ts'
+import type { Topic } from '../runtime/bell.ts'
+import type { Context } from './context.ts'
+import { LEASE, LEASE_HEARTBEAT, LEASE_RELEASE } from './kv.sql.ts'
+
+const BUCKET = '$klieo'
+const KEY = 'maintenance'
+const LEASE_MS = 15_000
+const REAP_EVERY_MS = 1_000
+const PRUNE_EVERY_MS = 10_000
+const REAP_BATCH = 500
+const PRUNE_BATCH = 5_000
+/** One round removes so much at the most, so that the lease is renewed in time. */
+const MAX_ROUNDS = 20
+
+export interface Retention {
+  /** Messages older than this are removed once every durable is past them. */
+  readonly messagesMs: number
+  /** Dead jobs are kept so long. */
+  readonly deadJobsMs: number
+}
+
+export class Maintenance {
+  readonly #context: Context
+  readonly #retention: Retention
+  readonly #end = Promise.withResolvers<void>()
+  readonly #token = crypto.randomUUID()
+  #closed = false
+  #elected = false
+  #running: Promise<void> | undefined
+
+  constructor(context: Context, retention: Retention) {
+    this.#context = context
+    this.#retention = retention
+  }
+
+  start(): void {
+    this.#running = this.#run()
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true
+    this.#end.resolve()
+    await this.#running
+    // Somebody else may start at once.
+    if (this.#elected) await this.#context.db.query(LEASE_RELEASE, [BUCKET, KEY, this.#token], 'maintenance').catch(() => {})
+  }
+
+  async #run(): Promise<void> {
+    const { clock } = this.#context
+    let failures = 0
+    let prunedAt = Number.NEGATIVE_INFINITY
+    while (!this.#closed) {
+      try {
+        this.#elected = await this.#holdLease()
+        if (this.#elected) {
+          await this.#reap()
+          if (clock.now() - prunedAt >= PRUNE_EVERY_MS) {
+            await this.#prune()
+            prunedAt = clock.now()
+          }
+        }
+        failures = 0
+      } catch {
+        this.#elected = false
+        failures++
+      }
+      const pause =
+        failures > 0 ? reconnectDelayMs(failures, LEASE_MS) : this.#elected ? REAP_EVERY_MS : (LEASE_MS / 3) * (0.5 + Math.random())
+      await this.#pause(pause)
+    }
+  }
+
+  async #holdLease(): Promise<boolean> {
+    const { db, instance } = this.#context
+    if (this.#elected) {
+      const held = await db.query(LEASE_HEARTBEAT, [BUCKET, KEY, this.#token, LEASE_MS], 'maintenance')
+      if (held.length > 0) return true
+    }
+    return (await db.query(LEASE, [BUCKET, KEY, this.#token, instance, LEASE_MS], 'maintenance')).length > 0
+  }
+
+  async #reap(): Promise<void> {
+    const { db, ringer } = this.#context
+    const topics: Topic[] = []
+    await this.#rounds(async () => {
+      const rows = await db.query<{ queue: string; count: number }>(
+        'select queue, count from klieo.reap_jobs($1)',
+        [REAP_BATCH],
+        'reap jobs',
+      )
+      for (const { queue } of rows) topics.push({ kind: 'message', name: `${queue}.dlq` })
+      return rows.reduce((sum, { count }) => sum + count, 0) >= REAP_BATCH
+    })
+    await this.#rounds(async () => {
+      const rows = await db.query<{ durable: string; count: number }>(
+        'select durable, count from klieo.reap_deliveries($1)',
+        [REAP_BATCH],
+        'reap deliveries',
+      )
+      for (const { durable } of rows) topics.push({ kind: 'message', name: `${durable}.dlq` })
+      return rows.reduce((sum, { count }) => sum + count, 0) >= REAP_BATCH
+    })
+    await this.#rounds(async () => {
+      const rows = await db.query<{ bucket: string; count: number }>(
+        'select bucket, count from klieo.kv_expire($1)',
+        [REAP_BATCH],
+        'expire keys',
+      )
+      for (const { bucket } of rows) topics.push({ kind: 'bucket', name: bucket })
+      return rows.reduce((sum, { count }) => sum + count, 0) >= REAP_BATCH
+    })
+    if (topics.length > 0) ringer.ring(topics)
+  }
+
+  async #prune(): Promise<void> {
+    const { db } = this.#context
+    const { messagesMs, deadJobsMs } = this.#retention
+    const statements: readonly [string, readonly unknown[]][] = [
+      ['select klieo.prune_messages($1, $2) as count', [messagesMs, PRUNE_BATCH]],
+      ['select klieo.prune_kv($1) as count', [PRUNE_BATCH]],
+      ['select klieo.prune_rest($1, $2) as count', [deadJobsMs, PRUNE_BATCH]],
+    ]
+    for (const [statement, values] of statements) {
+      await this.#rounds(async () => {
+        const [row] = await db.query<{ count: number }>(statement, values, 'prune')
+        return row !== undefined && row.count >= PRUNE_BATCH
+      })
+    }
+  }
+
+  /** Again and again while there is a full batch. */
+  async #rounds(round: () => Promise<boolean>): Promise<void> {
+    for (let rounds = 0; rounds < MAX_ROUNDS && !this.#closed; rounds++) {
+      if (!(await round())) return
+    }
+  }
+
+  async #pause(ms: number): Promise<void> {
+    let cancel = () => {}
+    await Promise.race([this.#end.promise, new Promise<void>((resolve) => (cancel = this.#context.clock.setTimer(resolve, ms)))])
+    cancel()
+  }
+}

@@ -1,0 +1,170 @@
+/**
+ * What makes a process count as live for requests (R2, R4).
+ *
+ *   by lock        a session of its own holds an advisory lock. When the process dies its kernel closes the socket, the
+ *                  server ends the session, and the lock is gone: nothing has to time out.
+ *   by sign of life  behind a pooler, where a session belongs to nobody: a time that is moved on every third of a second.
+ *
+ * When the session is lost it is made anew, with the same number, and the rows are written again: a server crash empties
+ * the table.
+ */
+
+import pg from 'pg'
+import { BusError, closedError } from '../core/index.ts'
+import { reconnectDelayMs } from '../runtime/backoff.ts'
+import { pgArray } from './arrays.ts'
+import type { Database } from './database.ts'
+import { toBusError } from './errors.ts'
+import { BE_PRESENT, NEW_INSTANCE, REGISTER, SIGN_OF_LIFE } from './request-reply.sql.ts'
+
+const ALIVE_MS = 1_000
+const SIGN_EVERY_MS = 300
+const PING_MS = 15_000
+const CONNECT_MS = 10_000
+
+export class Presence {
+  readonly #db: Database
+  readonly #config: pg.ClientConfig
+  readonly #byLock: () => boolean
+  readonly #filters = new Map<object, string>()
+  readonly #end = Promise.withResolvers<void>()
+  #instance: Promise<number> | undefined
+  #keeping: Promise<void> | undefined
+  #writing: Promise<void> = Promise.resolve()
+  #closed = false
+
+  /** @param byLock whether a session of the configuration is ours alone */
+  constructor(db: Database, config: pg.ClientConfig, byLock: () => boolean) {
+    this.#db = db
+    this.#config = config
+    this.#byLock = byLock
+  }
+
+  /** The number of this process. */
+  instance(): Promise<number> {
+    this.#instance ??= this.#db.query<{ id: number }>(NEW_INSTANCE, [], 'respond').then(([row]) => (row as { id: number }).id)
+    this.#instance.catch(() => {
+      this.#instance = undefined
+    })
+    return this.#instance
+  }
+
+  /** Resolves once requests that match the filter find this process. */
+  async register(responder: object, filter: string): Promise<void> {
+    this.#filters.set(responder, filter)
+    try {
+      if (this.#keeping) await this.#write()
+      else {
+        const first = Promise.withResolvers<void>()
+        this.#keeping = this.#keep(first)
+        await first.promise
+      }
+    } catch (error) {
+      this.#filters.delete(responder)
+      throw error
+    }
+  }
+
+  async unregister(responder: object): Promise<void> {
+    if (this.#filters.delete(responder) && !this.#closed) await this.#write()
+  }
+
+  async close(): Promise<void> {
+    if (this.#closed) return
+    this.#filters.clear()
+    if (this.#keeping) await this.#write().catch(() => {}) // the lock goes with the session
+    this.#closed = true
+    this.#end.resolve()
+    await this.#keeping
+  }
+
+  /** One write after the other, so that the last one is what holds. */
+  #write(): Promise<void> {
+    this.#writing = this.#writing
+      .catch(() => {})
+      .then(async () => {
+        if (this.#closed) throw closedError('the bus')
+        const filters = pgArray([...this.#filters.values()])
+        await this.#db.query(REGISTER, [await this.instance(), filters, this.#byLock() ? null : ALIVE_MS], 'respond')
+      })
+    return this.#writing
+  }
+
+  async #keep(first: PromiseWithResolvers<void>): Promise<void> {
+    let failures = 0
+    let waiting: PromiseWithResolvers<void> | undefined = first
+    while (!this.#closed) {
+      try {
+        const ready = () => {
+          failures = 0
+          waiting?.resolve()
+          waiting = undefined
+        }
+        await (this.#byLock() ? this.#holdLock(ready) : this.#showLife(ready))
+      } catch (error) {
+        // Who asked first is told; later losses are mended.
+        if (waiting) {
+          this.#keeping = undefined
+          waiting.reject(toBusError(error, 'respond'))
+          return
+        }
+      }
+      if (!this.#closed) await this.#pause(reconnectDelayMs(++failures))
+    }
+    waiting?.reject(closedError('the bus'))
+  }
+
+  async #holdLock(ready: () => void): Promise<void> {
+    const client = new pg.Client({
+      application_name: 'klieo-bus presence',
+      connectionTimeoutMillis: CONNECT_MS,
+      keepAlive: true,
+      ...this.#config,
+    })
+    const lost = Promise.withResolvers<void>()
+    client.on('error', () => lost.resolve())
+    client.on('end', () => lost.resolve())
+    try {
+      await client.connect()
+      // Waits for a moment if somebody is just looking whether we live.
+      await client.query(this.#db.text(BE_PRESENT), [await this.instance()])
+      await this.#write()
+      ready()
+      while (!this.#closed) {
+        const over = await Promise.race([lost.promise.then(() => true), this.#pause(PING_MS).then(() => false)])
+        if (over) return
+        // A connection that is half open answers no ping.
+        if (!this.#closed) await Promise.race([client.query('select 1'), lost.promise, this.#late()])
+      }
+    } finally {
+      await Promise.race([client.end(), this.#pause(1_000)]).catch(() => {})
+    }
+  }
+
+  async #late(): Promise<never> {
+    await new Promise<void>((resolve) => setTimeout(resolve, CONNECT_MS).unref())
+    throw new BusError('connection', 'the presence connection does not answer')
+  }
+
+  async #showLife(ready: () => void): Promise<void> {
+    await this.#write()
+    ready()
+    while (!this.#closed && !this.#byLock()) {
+      await this.#pause(SIGN_EVERY_MS)
+      if (this.#closed) return
+      const [row] = await this.#db.query<{ rows: number }>(SIGN_OF_LIFE, [await this.instance(), ALIVE_MS], 'respond')
+      if (row?.rows !== this.#filters.size) await this.#write()
+    }
+  }
+
+  async #pause(ms: number): Promise<void> {
+    let timer: NodeJS.Timeout | undefined
+    await Promise.race([
+      this.#end.promise,
+      new Promise<void>((resolve) => {
+        timer = setTimeout(resolve, ms)
+      }),
+    ])
+    clearTimeout(timer)
+  }
+}

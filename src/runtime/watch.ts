@@ -1,0 +1,134 @@
+/**
+ * The consuming side of a watch, written once for every backend: changes are read when there is room for them, and
+ * yielded in the order in which they were read.
+ */
+
+import { BusError, isBusError, type KvChange, type KvWatch } from '../core/index.ts'
+import { jittered, reconnectDelayMs } from './backoff.ts'
+import type { Ear } from './bell.ts'
+import type { Clock } from './clock.ts'
+
+export interface ChangeSource {
+  /** The next changes, oldest first; none: wait for a ring. */
+  read(): Promise<readonly KvChange[]>
+}
+
+export interface WatchOptions {
+  readonly clock: Clock
+  readonly ear: Ear
+  readonly source: ChangeSource
+  readonly pollIntervalMs: number
+  /** Changes are kept by the backend for so long at the least; a watch reads them before, wanted or not. */
+  readonly keptMs: number
+  readonly signal: AbortSignal | undefined
+  isClosed(): boolean
+  onClose(watch: ChangeWatch): void
+}
+
+interface Waiter {
+  resolve(result: IteratorResult<KvChange, undefined>): void
+  reject(error: unknown): void
+}
+
+/** Read ahead so far; beyond it only when the changes would otherwise be pruned. */
+const READ_AHEAD = 1_000
+const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value: undefined })
+const PASSING = new Set(['connection', 'unavailable', 'timeout', 'conflict'])
+
+export class ChangeWatch implements KvWatch {
+  readonly #options: WatchOptions
+  readonly #changes: KvChange[] = []
+  readonly #waiters: Waiter[] = []
+  readonly #onAbort = () => void this.close()
+  readonly #running: Promise<void>
+  #closed = false
+  #failure: { readonly error: unknown } | undefined
+
+  constructor(options: WatchOptions) {
+    this.#options = options
+    if (options.signal?.aborted) this.#closed = true
+    else options.signal?.addEventListener('abort', this.#onAbort, { once: true })
+    this.#running = this.#run()
+  }
+
+  [Symbol.asyncIterator](): AsyncIterator<KvChange, undefined> {
+    return { next: () => this.#next() }
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  async close(): Promise<void> {
+    if (!this.#closed) {
+      this.#closed = true
+      this.#options.signal?.removeEventListener('abort', this.#onAbort)
+      for (const waiter of this.#waiters.splice(0)) waiter.resolve(DONE)
+      this.#changes.length = 0
+      this.#options.ear.close()
+      this.#options.onClose(this)
+    }
+    await this.#running
+  }
+
+  #next(): Promise<IteratorResult<KvChange, undefined>> {
+    if (this.#closed) return Promise.resolve(DONE)
+    const change = this.#changes.shift()
+    if (change) {
+      if (this.#changes.length === READ_AHEAD - 1) this.#options.ear.ring()
+      return Promise.resolve({ done: false, value: change })
+    }
+    if (this.#failure) {
+      const { error } = this.#failure
+      void this.close()
+      return Promise.reject(error)
+    }
+    return new Promise((resolve, reject) => this.#waiters.push({ resolve, reject }))
+  }
+
+  async #run(): Promise<void> {
+    const { clock, ear, source, pollIntervalMs, keptMs } = this.#options
+    let failures = 0
+    let lastRead = clock.now()
+    while (!this.#closed) {
+      const late = clock.now() - lastRead
+      if (this.#changes.length >= READ_AHEAD && late < keptMs / 2) {
+        await ear.wait(keptMs / 2 - late)
+        continue
+      }
+      if (late > keptMs) {
+        return this.#fail(new BusError('connection', 'the watch was cut off for so long that changes may be gone; watch again'))
+      }
+      try {
+        const startedAt = clock.now()
+        const changes = await source.read()
+        failures = 0
+        if (this.#closed) return
+        this.#take(changes)
+        if (changes.length > 0) continue
+        lastRead = startedAt
+        await ear.wait(jittered(pollIntervalMs))
+      } catch (error) {
+        if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
+        if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
+        await ear.wait(reconnectDelayMs(++failures))
+      }
+    }
+  }
+
+  #take(changes: readonly KvChange[]): void {
+    for (const change of changes) {
+      const waiter = this.#waiters.shift()
+      if (waiter) waiter.resolve({ done: false, value: change })
+      else this.#changes.push(change)
+    }
+  }
+
+  #fail(error: unknown): void {
+    this.#failure = { error }
+    const waiter = this.#waiters.shift()
+    if (!waiter) return
+    waiter.reject(error)
+    void this.close()
+  }
+}
