@@ -10,12 +10,15 @@
  * A ring that is lost (the process dies, the server is away) costs its listeners one poll interval.
  */
 
+import { isBusError } from '../core/index.ts'
 import type { Bell, Topic } from '../runtime/bell.ts'
 import type { Database } from './database.ts'
 
 const GAP_MS = 5
 const FIRST_LOOK_MS = 2
 const LATEST_LOOK_MS = 20
+/** A transaction that is open so long (a forgotten prepared one) is left to the poll. */
+const FORGET_MS = 10 * 60 * 1_000
 /** pg_notify takes 7999 bytes. */
 const MAX_PAYLOAD_BYTES = 7_500
 
@@ -26,11 +29,16 @@ interface Notice {
 }
 
 const NOTIFY = 'select pg_notify($1, $2)'
-// An xid of another cluster's future makes pg_xact_status fail: such a one is taken as ended.
+// In progress until other snapshots see it end: what is rung then is found.
 const ENDED = `
-  select x.tx::text as tx, case when x.tx < pg_snapshot_xmax(pg_current_snapshot()) then pg_xact_status(x.tx) end as status
+  select x.tx::text as tx, pg_xact_status(x.tx) as status
   from unnest($1::text::xid8[]) as x(tx)
-  where x.tx >= pg_snapshot_xmax(pg_current_snapshot()) or pg_xact_status(x.tx) is distinct from 'in progress'`
+  where pg_xact_status(x.tx) is distinct from 'in progress'`
+
+interface OpenTransaction {
+  readonly topics: Map<string, Topic>
+  readonly since: number
+}
 
 export class Ringer {
   readonly #db: Database
@@ -38,7 +46,7 @@ export class Ringer {
   readonly channel: string
   readonly #instance: string
   readonly #waiting = new Set<string>()
-  readonly #transactions = new Map<string, Topic[]>()
+  readonly #transactions = new Map<string, OpenTransaction>()
   #flushing: Promise<void> | undefined
   #endGap: (() => void) | undefined
   #looking = false
@@ -72,9 +80,9 @@ export class Ringer {
   /** What is in a caller's transaction. @param tx its xid, as text */
   afterCommit(tx: string, topics: readonly Topic[]): void {
     if (this.#closed) return
-    const known = this.#transactions.get(tx)
-    if (known) known.push(...topics)
-    else this.#transactions.set(tx, [...topics])
+    const open = this.#transactions.get(tx) ?? { topics: new Map<string, Topic>(), since: Date.now() }
+    for (const topic of topics) open.topics.set(`${topic.kind}:${topic.name}`, topic)
+    this.#transactions.set(tx, open)
     this.#lookMs = FIRST_LOOK_MS
     this.#wakeLook?.()
     if (!this.#looking) {
@@ -138,19 +146,19 @@ export class Ringer {
       this.#wakeLook = undefined
       this.#lookMs = Math.min(LATEST_LOOK_MS, this.#lookMs * 1.5)
       if (this.#closed) return
+      for (const [tx, { since }] of this.#transactions) if (Date.now() - since > FORGET_MS) this.#transactions.delete(tx)
+      const open = [...this.#transactions.keys()]
+      if (open.length === 0) break
       try {
-        const ended = await this.#db.query<{ tx: string; status: string | null }>(
-          ENDED,
-          [`{${[...this.#transactions.keys()].join(',')}}`],
-          'look',
-        )
+        const ended = await this.#db.query<{ tx: string; status: string }>(ENDED, [`{${open.join(',')}}`], 'look')
         for (const { tx, status } of ended) {
-          const topics = this.#transactions.get(tx) ?? []
+          const topics = this.#transactions.get(tx)?.topics.values() ?? []
           this.#transactions.delete(tx)
-          if (status !== 'aborted') this.ring(topics)
+          if (status !== 'aborted') this.ring([...topics])
         }
-      } catch {
-        // The server is away: the listeners poll, and the next look tells.
+      } catch (error) {
+        // An xid that the server does not know is another cluster's. Otherwise it is away: the next look tells.
+        if (isBusError(error, 'invalid_argument')) this.#transactions.clear()
         this.#lookMs = LATEST_LOOK_MS
       }
     }
