@@ -25,7 +25,8 @@ select
   (
     select count(*)
     from klieo.messages m
-    where not pg_visible_in_snapshot(m.tx, o.lo)
+    where m.tx >= pg_snapshot_xmin(o.lo)
+      and not pg_visible_in_snapshot(m.tx, o.lo)
       and not coalesce(pg_visible_in_snapshot(m.tx, o.hi) and (m.tx, m.seq) <= (o.pos_tx, o.pos_seq), false)
       and (m.subject = o.filter or m.subject ~ o.pattern)
       and m.seq >= o.start_seq
@@ -49,8 +50,9 @@ comment on column klieo.consumer_stats.in_flight is 'Handed out and unsettled, a
 comment on column klieo.consumer_stats.redelivering is 'Waiting to be handed out again.';
 comment on column klieo.consumer_stats.last_active_at is 'When a member last fetched, to within half a minute.';
 
+-- Not parallel safe: the exception block is a subtransaction.
 create function klieo.as_text(payload bytea) returns text
-language plpgsql immutable parallel safe as $$
+language plpgsql immutable as $$
 begin
   return convert_from(payload, 'UTF8');
 exception

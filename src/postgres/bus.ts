@@ -125,6 +125,7 @@ export class PostgresBus implements Bus<PostgresTx> {
     const state = { closed: false }
     const direct = options.listenConnectionString === undefined ? configOf(pool) : connectionOf(options.listenConnectionString)
     const listener = new Listener(direct, channel, {
+      notify: async (payload) => void (await db.query('select pg_notify($1, $2)', [channel, payload], 'listen')),
       onNotification: (payload) => ringer.heard(payload),
       onConnected: () => bell.ringAll(),
     })

@@ -7,6 +7,7 @@
  */
 
 import { createHash } from 'node:crypto'
+import type { Duplex } from 'node:stream'
 import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
 import { BusError, closedError, invalid, kindOf } from '../core/index.ts'
@@ -26,6 +27,8 @@ export type PostgresTx = QueryableTx | pg.ClientBase | Transaction<any>
 export type Row = Readonly<Record<string, unknown>>
 
 const MAX_TRIES = 5
+/** How long statements that are under way may hold up `close`. */
+const CLOSE_MS = 500
 
 /** Parsers of our own, so that neither the session's DateStyle nor an app's changes to pg's parsers reach us. */
 const parsers: Readonly<Record<number, (text: string) => unknown>> = {
@@ -48,10 +51,14 @@ export class Database {
   readonly schema: string
   readonly #ownsPool: boolean
   readonly #texts = new Map<string, { name: string; text: string }>()
+  readonly #clients = new Set<pg.ClientBase>()
+  readonly #onConnect = (client: pg.ClientBase) => void this.#clients.add(client)
+  readonly #onRemove = (client: pg.ClientBase) => void this.#clients.delete(client)
   readonly #onPoolError = () => {
     this.#suspect = true
   }
   #prepare = true
+  #generation = 0
   #explicit = false
   /** The connection was lost: what answers next may be another cluster. */
   #suspect = false
@@ -63,6 +70,8 @@ export class Database {
     this.schema = schema
     this.#ownsPool = ownsPool
     pool.on('error', this.#onPoolError)
+    pool.on('connect', this.#onConnect)
+    pool.on('remove', this.#onRemove)
   }
 
   /**
@@ -143,11 +152,19 @@ export class Database {
   }
 
   async close(): Promise<void> {
+    if (this.#closed) return
     this.#closed = true
     this.pool.off('error', this.#onPoolError)
+    this.pool.off('connect', this.#onConnect)
+    this.pool.off('remove', this.#onRemove)
     if (!this.#ownsPool) return
     this.pool.on('error', () => {})
+    // A statement that waits for somebody's lock, or for a server that does not answer, must not hold up the end.
+    const timer = setTimeout(() => {
+      for (const client of this.#clients) (client as unknown as { connection: { stream: Duplex } }).connection.stream.destroy()
+    }, CLOSE_MS)
     await this.pool.end()
+    clearTimeout(timer)
   }
 
   async #send<R extends Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
@@ -173,7 +190,8 @@ export class Database {
     const known = this.#texts.get(text)
     if (known) return known
     const own = inSchema(text, this.schema)
-    const statement = { name: `klieo_${createHash('sha256').update(own).digest('hex').slice(0, 24)}`, text: own }
+    const hash = createHash('sha256').update(own).digest('hex').slice(0, 24)
+    const statement = { name: `klieo_${hash}_${this.#generation}`, text: own }
     this.#texts.set(text, statement)
     return statement
   }
@@ -186,9 +204,15 @@ export class Database {
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
       return true
     }
-    // A prepared statement that is not there, there already, or out of date: the pooler, DISCARD ALL, or a migration.
-    if (this.#prepare && (state === '26000' || state === '42P05' || state === '0A000')) {
+    // A prepared statement that is not there, or there already: a pooler, or DISCARD ALL.
+    if (this.#prepare && (state === '26000' || state === '42P05')) {
       this.#prepare = false
+      return true
+    }
+    // One that is out of date since a migration: prepared anew under another name.
+    if (this.#prepare && state === '0A000') {
+      this.#generation++
+      this.#texts.clear()
       return true
     }
     if (!this.#explicit && state === 'KB003') {

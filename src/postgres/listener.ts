@@ -1,9 +1,12 @@
 /**
  * LISTEN, and the only user of pg-listen.
  *
- *   connecting ──▶ listening        a notification of our own came back: the bus is woken
- *       │    └──▶ poll-only         it did not: a pooler is in between; the bus polls
+ *   connecting ──▶ listening        a notification sent from the pool came back: the bus is woken
+ *       │    └──▶ poll-only ─┐      it did not: a pooler is in between; the bus polls
+ *       │           └────────┘      and looks again every half minute
  *       └── lost ──▶ connecting     for ever, with growing pauses
+ *
+ * The probe is sent on another connection: through a pooler a session may well hear what it sent itself, and nothing else.
  *
  * pg-listen reconnects by itself and pings the connection, but gives up after three seconds by default, can lose an event
  * while it is re-listening, and goes on reconnecting after it was closed. So its patience is set to infinite, its errors
@@ -17,6 +20,8 @@ import { reconnectDelayMs } from '../runtime/backoff.ts'
 export type ListenerState = 'connecting' | 'listening' | 'poll-only' | 'closed'
 
 export interface ListenerEvents {
+  /** Sends a notification on the channel from another connection. */
+  notify(payload: string): Promise<void>
   onNotification(payload: string): void
   /** The connection is there (again): whatever was sent meanwhile is lost, so look for yourself. */
   onConnected(): void
@@ -28,6 +33,7 @@ const PING_MS = 15_000
 const QUERY_TIMEOUT_MS = 10_000
 const PROBE_MS = 2_000
 const CLOSE_MS = 1_000
+const RETRY_MS = 30_000
 
 // pg-listen is CommonJS whose default export is the function.
 const create = ((createSubscriber as unknown as { default?: unknown }).default ?? createSubscriber) as typeof createSubscriber.default
@@ -70,17 +76,21 @@ export class Listener {
 
   async #run(): Promise<void> {
     let failures = 0
-    while (this.#state === 'connecting') {
+    while (!this.#closed()) {
       const listened = await this.#listen()
+      if (this.#closed()) return
+      if (this.#state === 'poll-only') {
+        await this.#pause(RETRY_MS)
+        continue
+      }
       failures = listened ? 1 : failures + 1
-      if (this.#over()) return
       this.#state = 'connecting'
       await this.#pause(reconnectDelayMs(failures))
     }
   }
 
-  #over(): boolean {
-    return this.#state === 'closed' || this.#state === 'poll-only'
+  #closed(): boolean {
+    return this.#state === 'closed'
   }
 
   /** One subscriber's life. @returns whether it came to listen */
@@ -117,12 +127,12 @@ export class Listener {
     try {
       await subscriber.connect()
       await subscriber.listenTo(this.#channel)
-      await subscriber.notify(this.#channel, probe)
+      await this.#events.notify(probe)
       const timer = setTimeout(() => probed.resolve(false), PROBE_MS)
       const heard = await Promise.race([probed.promise, broken.promise.then(() => undefined), this.#end.promise.then(() => undefined)])
       clearTimeout(timer)
       if (heard === undefined) return false
-      if (!this.#over()) this.#state = heard ? 'listening' : 'poll-only'
+      if (!this.#closed()) this.#state = heard ? 'listening' : 'poll-only'
       this.#decided.resolve()
       if (!heard) return false
       this.#events.onConnected()

@@ -33,66 +33,22 @@ export const FETCH = `
 
 export const BURY = `select klieo.bury_deliveries($1, $2) as count`
 
-/**
- * Ends deliveries whose token is still valid and answers their positions. The rows are locked in one order, so that two
- * batches do not deadlock; the token is looked at again after a wait.
- * $1 consumers, $2 txs, $3 seqs, $4 tokens
- */
+/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 whether to pass over locked rows. All settlements answer the positions that were still theirs. */
 export const ACK = `
-  with mine as materialized (
-    select d.consumer_id, d.tx, d.seq, a.n
-    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) with ordinality as a(consumer_id, tx, seq, token, n)
-    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
-    order by d.consumer_id, d.tx, d.seq
-    for update of d
-  ), gone as (
-    delete from klieo.deliveries d
-    using mine
-    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-    returning mine.n
-  )
-  select gone.n::text as n from gone`
-
-/** The same, passing over what an open transaction holds. */
-export const ACK_NO_WAIT = ACK.replace('for update of d', 'for update of d skip locked')
+  select n::text as n
+  from klieo.ack_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::boolean) as n`
 
 /** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 delays in ms, $6 whether to pass over locked rows */
 export const NAK = `
-  select n from klieo.nak_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[], $6) as n`
+  select n::text as n
+  from klieo.nak_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[], $6::text::boolean) as n`
 
-/**
- * Restarts the visibility timeout, never shortening it. A row that is locked and still has our token is held by an ack in
- * an open transaction: its holder is the holder.
- * $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 ack waits in ms
- */
+/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 ack waits in ms */
 export const EXTEND = `
-  with mine as materialized (
-    select d.consumer_id, d.tx, d.seq, a.wait_ms
-    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[]) as a(consumer_id, tx, seq, token, wait_ms)
-    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
-    order by d.consumer_id, d.tx, d.seq
-    for no key update of d skip locked
-  ), extended as (
-    update klieo.deliveries d
-    set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => mine.wait_ms / 1000.0))
-    from mine
-    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-  )
-  select a.n
-  from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) with ordinality as a(consumer_id, tx, seq, token, n)
-  join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token`
+  select n::text as n
+  from klieo.extend_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[]) as n`
 
-/** Hands back what was not yielded: the attempt is not counted. */
+/** $1 consumers, $2 txs, $3 seqs, $4 tokens */
 export const RELEASE = `
-  with mine as materialized (
-    select d.consumer_id, d.tx, d.seq
-    from unnest($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) as a(consumer_id, tx, seq, token)
-    join klieo.deliveries d on d.consumer_id = a.consumer_id and d.tx = a.tx and d.seq = a.seq and d.token = a.token
-    order by d.consumer_id, d.tx, d.seq
-    for no key update of d
-  )
-  update klieo.deliveries d
-  set attempt = d.attempt - 1, token = null, final = false, visible_at = clock_timestamp()
-  from mine
-  where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-  returning d.seq`
+  select n::text as n
+  from klieo.release_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) as n`

@@ -24,7 +24,7 @@ import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from
 import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
-import { ACK, ACK_NO_WAIT, BURY, CREATE_DURABLE, DELETE_DURABLE, EXTEND, FETCH, FIND_DURABLE, NAK, PUBLISH, RELEASE } from './pubsub.sql.ts'
+import { ACK, BURY, CREATE_DURABLE, DELETE_DURABLE, EXTEND, FETCH, FIND_DURABLE, NAK, PUBLISH, RELEASE } from './pubsub.sql.ts'
 
 /** A fetch stops after so many bytes of payload, so that a batch of large messages fits into memory. */
 const MAX_FETCH_BYTES = 16 * 1024 * 1024
@@ -180,11 +180,12 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     const { ackWaitMs } = subscription
     const rung: readonly Topic[] = [{ kind: 'durable', name: durable }]
     const ring = () => this.#context.ringer.ring(rung)
+    const { maxDeliver } = subscription
     return {
       fetch: (limit) => this.#fetch(consumer, durable, limit, subscription),
       ack: async (delivery, tx, noWait) => {
         if (tx !== undefined) return this.#ackIn(tx, delivery, noWait)
-        const done = noWait ? (await this.#settle(ACK_NO_WAIT, [delivery], [], 'ack'))[0] === true : await this.#acks.add(delivery)
+        const done = noWait ? (await this.#settle(ACK, [delivery], ['true'], 'ack'))[0] === true : await this.#acks.add(delivery)
         // Another stream of this process may wait for room in maxAckPending.
         this.#context.bell.ring(rung)
         return done
@@ -192,10 +193,13 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       nak: async (delivery, delayMs, noWait) => {
         const done = noWait ? (await this.#nak([{ delivery, delayMs }], true))[0] === true : await this.#naks.add({ delivery, delayMs })
         ring()
+        // A nak of the last delivery has published its dead letter.
+        if (done && maxDeliver !== null && delivery.attempt >= maxDeliver)
+          this.#context.ringer.ring([{ kind: 'message', name: `${durable}.dlq` }])
         return done
       },
       term: async (delivery, _reason, noWait) =>
-        noWait ? (await this.#settle(ACK_NO_WAIT, [delivery], [], 'term'))[0] === true : this.#acks.add(delivery),
+        noWait ? (await this.#settle(ACK, [delivery], ['true'], 'term'))[0] === true : this.#acks.add(delivery),
       extend: (delivery) => this.#extensions.add({ delivery, ackWaitMs }),
       release: async (deliveries) => {
         await this.#context.db.query(RELEASE, keys(deliveries), 'release')
@@ -254,17 +258,17 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   }
 
   #ack(deliveries: readonly PgDelivery[]): Promise<boolean[]> {
-    return this.#settle(ACK, deliveries, [], 'ack')
+    return this.#settle(ACK, deliveries, ['false'], 'ack')
   }
 
   async #ackIn(tx: PostgresTx, delivery: PgDelivery, noWait: boolean): Promise<boolean> {
-    const rows = await this.#context.db.queryIn(tx, noWait ? ACK_NO_WAIT : ACK, keys([delivery]), 'ack')
+    const rows = await this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack')
     return rows.length > 0
   }
 
   #nak(naks: readonly Nak[], noWait: boolean): Promise<boolean[]> {
     const deliveries = naks.map(({ delivery }) => delivery)
-    return this.#settle(NAK, deliveries, [pgArray(naks.map(({ delayMs }) => delayMs)), noWait], 'nak')
+    return this.#settle(NAK, deliveries, [pgArray(naks.map(({ delayMs }) => delayMs)), String(noWait)], 'nak')
   }
 
   #extend(extensions: readonly Extension[]): Promise<boolean[]> {
@@ -274,7 +278,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
 
   /** @returns for each delivery whether its token was still valid */
   async #settle(text: string, deliveries: readonly PgDelivery[], more: readonly unknown[], doing: string): Promise<boolean[]> {
-    const rows = await this.#context.db.query<{ n: string | number }>(text, [...keys(deliveries), ...more], doing)
+    const rows = await this.#context.db.query<{ n: string }>(text, [...keys(deliveries), ...more], doing)
     const settled = new Set(rows.map(({ n }) => Number(n)))
     return deliveries.map((_, index) => settled.has(index + 1))
   }

@@ -183,7 +183,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     this.#pumping = this.#run().finally(() => {
       this.#pumping = undefined
       // Somebody may have asked in the very moment the loop decided to rest.
-      if (this.#wanted() > 0 && this.#waiters.length > 0) this.#pump()
+      if (this.#waiters.length > 0) this.#pump()
     })
   }
 
