@@ -30,7 +30,7 @@ export interface MemoryBusOptions {
   readonly retention?: {
     /** The age at which messages that every durable is past are removed. @default 7 days */
     readonly messagesMs?: number
-    /** How long dead jobs are kept. @default 7 days */
+    /** How long dead jobs are kept. @default 14 days */
     readonly deadJobsMs?: number
   }
 }
@@ -68,7 +68,7 @@ export class MemoryBus implements Bus<never> {
     if (!(store instanceof MemoryStore)) throw invalid('store', store, 'must be a MemoryStore')
     checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)
     checkOptions(retention)
-    const { messagesMs = WEEK_MS, deadJobsMs = WEEK_MS } = retention
+    const { messagesMs = WEEK_MS, deadJobsMs = 2 * WEEK_MS } = retention
     checkDuration('retention.messagesMs', messagesMs)
     checkDuration('retention.deadJobsMs', deadJobsMs)
     store.attach(clock)

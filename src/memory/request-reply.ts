@@ -17,6 +17,8 @@ import {
   type Responder,
   type RespondOptions,
 } from '../core/index.ts'
+import { systemClock } from '../runtime/clock.ts'
+import { errorText } from '../runtime/error-text.ts'
 import type { Context } from './context.ts'
 import type { Answerer, Call } from './switchboard.ts'
 
@@ -24,6 +26,8 @@ type Handler = (request: Request) => Payload | Promise<Payload>
 
 const DEFAULT_CONCURRENCY = 16
 const MAX_CONCURRENCY = 10_000
+/** How long a closing bus waits for its handlers. */
+const CLOSE_GRACE_MS = 500
 
 export class MemoryRequestReply implements RequestReply {
   readonly #context: Context
@@ -39,8 +43,8 @@ export class MemoryRequestReply implements RequestReply {
     this.#context.checkOpen()
     checkSubject(subject)
     const bytes = checkPayload(payload, this.#context.maxPayloadBytes)
-    checkOptions(options)
-    const { timeoutMs, headers, signal } = options ?? {}
+    checkOptions(options ?? null)
+    const { timeoutMs, headers, signal } = options
     checkDuration('timeoutMs', timeoutMs)
     const checkedHeaders = checkHeaders(headers)
     checkSignal(signal)
@@ -50,7 +54,9 @@ export class MemoryRequestReply implements RequestReply {
     this.#context.checkOpen()
 
     const { promise, resolve, reject } = Promise.withResolvers<Uint8Array>()
-    const call: Call = { subject, payload: bytes, headers: checkedHeaders, deadline, answer: resolve, fail: reject }
+    let over = false
+    const isOver = () => over || clock.now() >= deadline
+    const call: Call = { subject, payload: bytes, headers: checkedHeaders, deadline, isOver, answer: resolve, fail: reject }
     const aborted = () => new BusError('timeout', `request on "${subject}": the caller's signal was aborted`, { cause: signal?.reason })
     const onAbort = () => reject(aborted())
     if (signal?.aborted) throw aborted()
@@ -65,6 +71,7 @@ export class MemoryRequestReply implements RequestReply {
       return await promise
     } finally {
       // What comes now is dropped: a promise is settled once.
+      over = true
       this.#requests.delete(reject)
       signal?.removeEventListener('abort', onAbort)
       cancel()
@@ -90,7 +97,11 @@ export class MemoryRequestReply implements RequestReply {
 
   async close(): Promise<void> {
     for (const end of this.#requests) end(closedError('the bus'))
-    await Promise.all([...this.#responders].map((responder) => responder.close()))
+    const grace = Promise.withResolvers<void>()
+    // By real time: nobody drives the clock of a test while he waits for close().
+    const cancel = systemClock.setTimer(grace.resolve, CLOSE_GRACE_MS)
+    await Promise.race([grace.promise, Promise.all([...this.#responders].map((responder) => responder.close()))])
+    cancel()
   }
 
   #tools() {
@@ -104,64 +115,60 @@ class MemoryResponder implements Responder {
   readonly #handler: Handler
   readonly #onClose: () => void
   readonly #answerer: Answerer
-  readonly #running = new Set<AbortController>()
-  #closed = false
+  readonly #running = new Map<AbortController, Promise<void>>()
+  #closing: Promise<void> | undefined
 
   constructor(context: Context, filter: string, handler: Handler, concurrency: number, onClose: () => void) {
     this.#context = context
     this.#handler = handler
     this.#onClose = onClose
-    this.#answerer = { filter, concurrency, running: 0, run: (call) => void this.#run(call) }
+    this.#answerer = { filter, concurrency, running: 0, run: (call) => this.#start(call) }
     context.store.switchboard.add(this.#answerer)
   }
 
-  /** Takes no more; what runs learns of it by its signal, and its reply still counts unless the bus is closed. */
-  async close(): Promise<void> {
-    if (this.#closed) return
-    this.#closed = true
-    this.#context.store.switchboard.remove(this.#answerer)
-    for (const controller of this.#running) controller.abort(closedError('the responder'))
-    this.#onClose()
+  /** Takes no more and waits for what runs, which learns of it by its signal. Its reply counts unless the bus is closed. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }
 
-  async #run(call: Call): Promise<void> {
-    const { store, isClosed, maxPayloadBytes } = this.#context
-    const { clock, switchboard } = store
+  async #close(): Promise<void> {
+    this.#context.store.switchboard.remove(this.#answerer)
+    for (const controller of this.#running.keys()) controller.abort(closedError('the responder'))
+    await Promise.all(this.#running.values())
+    this.#onClose()
+  }
+
+  #start(call: Call): void {
+    const { clock, switchboard } = this.#context.store
     const controller = new AbortController()
-    this.#running.add(controller)
-    let cancel: (() => void) | undefined
-    try {
-      await store.turn()
-      const left = call.deadline - clock.now()
-      if (left <= 0) return
-      if (this.#closed) controller.abort(closedError('the responder'))
-      cancel = clock.setTimer(() => controller.abort(new BusError('timeout', 'the deadline of the request is over')), left, true)
-      const { subject, payload, headers } = call
-      const reply = checkPayload(await this.#handler({ subject, payload, headers, signal: controller.signal }), maxPayloadBytes, 'reply')
-      await store.turn()
-      if (!isClosed()) call.answer(reply)
-    } catch (error) {
-      await store.turn()
-      if (!isClosed()) call.fail(new BusError('handler_failed', messageOf(error)))
-    } finally {
-      cancel?.()
+    const late = () => controller.abort(new BusError('timeout', 'the deadline of the request is over'))
+    const cancel = clock.setTimer(late, call.deadline - clock.now(), true)
+    const done = this.#handle(call, controller.signal).finally(() => {
+      cancel()
       this.#running.delete(controller)
       switchboard.done(this.#answerer)
-    }
+    })
+    this.#running.set(controller, done)
   }
-}
 
-/** The requester learns what was thrown, and nothing of where. */
-function messageOf(error: unknown): string {
-  let text = ''
-  try {
-    text = error instanceof Error ? error.message : String(error)
-  } catch {
-    // It has no text.
+  async #handle(call: Call, signal: AbortSignal): Promise<void> {
+    const { store, isClosed, maxPayloadBytes } = this.#context
+    await store.turn()
+    if (call.isOver()) return
+    let answer: () => void
+    try {
+      const { subject, payload, headers } = call
+      const reply = checkPayload(await this.#handler({ subject, payload, headers, signal }), maxPayloadBytes, 'reply')
+      answer = () => call.answer(reply)
+    } catch (error) {
+      answer = () => call.fail(new BusError('handler_failed', errorText(error)))
+    }
+    await store.turn()
+    if (!isClosed()) answer()
   }
-  return text === '' ? 'the handler threw something without a message' : text
 }

@@ -15,6 +15,8 @@ export interface Call {
   readonly headers: Headers
   /** By the clock's `now()`. */
   readonly deadline: number
+  /** Nobody waits for the answer any more: it is not started. */
+  isOver(): boolean
   answer(reply: Uint8Array): void
   fail(error: BusError): void
 }
