@@ -151,6 +151,31 @@ export class PostgresBus implements Bus<PostgresTx> {
     return bus
   }
 
+  /**
+   * Brings the schema up to date without connecting a bus, or only looks whether it is (`check: true`).
+   *
+   * @returns the migrations that were applied; with `check` those that are missing
+   * @throws schema_outdated for a schema of a newer version that this one cannot work with, permission_denied, connection
+   */
+  static async migrate(
+    options: Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema'> & { readonly check?: boolean } = {},
+  ): Promise<string[]> {
+    const { schema } = check(options)
+    checkBoolean('check', options.check)
+    const ownsPool = options.pool === undefined
+    const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, max: 1 })
+    const db = new Database(pool, ownsPool, schema)
+    try {
+      await db.open()
+      if (!options.check) return await migrate(pool, schema)
+      const state = await readSchemaState(pool, schema)
+      if (state.unknown.length > 0) checkSchemaState(state, schema)
+      return [...state.missing]
+    } finally {
+      await db.close()
+    }
+  }
+
   close(): Promise<void> {
     this.#closing ??= this.#close()
     return this.#closing

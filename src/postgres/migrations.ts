@@ -53,6 +53,18 @@ export class SqlMigrationProvider implements MigrationProvider {
   }
 }
 
+/** Kysely's migrator over these migrations; kysely.config.ts hands it to kysely-ctl. */
+// biome-ignore lint/suspicious/noExplicitAny: whatever the database holds besides
+export function createMigrator(db: Kysely<any>, schema: string = DEFAULT_SCHEMA): Migrator {
+  return new Migrator({
+    db,
+    provider: new SqlMigrationProvider(schema),
+    migrationTableSchema: schema,
+    migrationTableName: MIGRATION_TABLE,
+    migrationLockTableName: LOCK_TABLE,
+  })
+}
+
 /** The lock is our own, taken before the migrator looks at anything; Kysely's would be a session's, which poolers break. */
 class LockedAdapter extends PostgresAdapter {
   override async acquireMigrationLock(): Promise<void> {}
@@ -150,14 +162,7 @@ async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
       await sql`set local lock_timeout = '60s'`.execute(tx)
       await sql`select pg_advisory_xact_lock(${sql.lit(LOCK_ID.toString())}::bigint)`.execute(tx)
       await sql`set local lock_timeout = '10s'`.execute(tx)
-      const migrator = new Migrator({
-        db: tx,
-        provider: new SqlMigrationProvider(schema),
-        migrationTableSchema: schema,
-        migrationTableName: MIGRATION_TABLE,
-        migrationLockTableName: LOCK_TABLE,
-      })
-      const { error, results } = await migrator.migrateToLatest()
+      const { error, results } = await createMigrator(tx, schema).migrateToLatest()
       if (error !== undefined) throw error
       return (results ?? []).filter(({ status }) => status === 'Success').map(({ migrationName }) => migrationName)
     })

@@ -1,0 +1,2034 @@
+-- The schema of klieo-bus as the migrations make it, read back from the catalogs by scripts/dump-schema.ts.
+-- For reading; a test fails when it drifts.
+
+create schema klieo;
+
+create sequence klieo.instance_id as integer cycle cache 1;
+
+create sequence klieo.job_id as bigint cache 1;
+
+create sequence klieo.kv_revision as bigint cache 1;
+
+create sequence klieo.lease_fence as bigint cache 1;
+
+create sequence klieo.message_seq as bigint cache 1;
+
+create table klieo.consumer_offsets (
+  id integer not null generated always as identity,
+  durable text collate "C" not null,
+  filter text collate "C" not null,
+  pattern text collate "C" not null,
+  start_seq bigint not null default 0,
+  start_time timestamp with time zone not null default '-infinity'::timestamp with time zone,
+  lo pg_snapshot not null,
+  hi pg_snapshot,
+  pos_tx xid8 not null default '0'::xid8,
+  pos_seq bigint not null default 0,
+  created_at timestamp with time zone not null default clock_timestamp(),
+  last_active_at timestamp with time zone not null default clock_timestamp(),
+  constraint consumer_offsets_pkey PRIMARY KEY (id),
+  constraint consumer_offsets_durable_key UNIQUE (durable)
+) with (fillfactor=50, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
+
+create table klieo.deliveries (
+  consumer_id integer not null,
+  tx xid8 not null,
+  seq bigint not null,
+  attempt integer not null,
+  visible_at timestamp with time zone not null,
+  token uuid,
+  final boolean not null default false,
+  constraint deliveries_pkey PRIMARY KEY (consumer_id, tx, seq)
+) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
+
+create table klieo.jobs (
+  id bigint not null default nextval('klieo.job_id'::regclass),
+  enqueued_at timestamp with time zone not null default clock_timestamp(),
+  run_at timestamp with time zone not null,
+  visible_at timestamp with time zone not null,
+  died_at timestamp with time zone,
+  attempts integer not null default 0,
+  max_attempts integer not null default 5,
+  fence integer not null default 0,
+  priority smallint not null default 0,
+  token uuid,
+  queue text collate "C" not null,
+  worker_id text,
+  dedup_key text collate "C",
+  last_error text,
+  headers jsonb not null default '{}'::jsonb,
+  payload bytea not null,
+  constraint jobs_pkey PRIMARY KEY (id),
+  constraint jobs_headers_size CHECK ((pg_column_size(headers) <= 262144)),
+  constraint jobs_max_attempts_positive CHECK ((max_attempts >= 1)),
+  constraint jobs_payload_size CHECK ((octet_length(payload) <= 8388608)),
+  constraint jobs_priority_range CHECK (((priority >= '-100'::integer) AND (priority <= 100)))
+) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
+
+create table klieo.kv_changes (
+  tx xid8 not null default pg_current_xact_id(),
+  revision bigint not null,
+  changed_at timestamp with time zone not null,
+  bucket text collate "C" not null,
+  key text collate "C" not null,
+  value bytea,
+  constraint kv_changes_pkey PRIMARY KEY (tx, revision)
+) with (autovacuum_vacuum_insert_scale_factor=0.1, vacuum_truncate=false);
+
+create table klieo.kv_entries (
+  bucket text collate "C" not null,
+  key text collate "C" not null,
+  tx xid8 not null default pg_current_xact_id(),
+  revision bigint not null,
+  updated_at timestamp with time zone not null,
+  expires_at timestamp with time zone,
+  value bytea,
+  constraint kv_entries_pkey PRIMARY KEY (bucket, key),
+  constraint kv_entries_value_size CHECK ((octet_length(value) <= 8388608))
+) with (fillfactor=70, autovacuum_vacuum_scale_factor=0.01, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
+
+create table klieo.kv_leases (
+  bucket text collate "C" not null,
+  key text collate "C" not null,
+  fence bigint not null,
+  token uuid not null,
+  holder text,
+  expires_at timestamp with time zone not null,
+  constraint kv_leases_pkey PRIMARY KEY (bucket, key)
+) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
+
+create table klieo.message_ids (
+  msg_id text collate "C" not null,
+  seq bigint not null,
+  expires_at timestamp with time zone not null,
+  constraint message_ids_pkey PRIMARY KEY (msg_id)
+) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=5000, vacuum_truncate=false);
+
+create table klieo.messages (
+  tx xid8 not null default pg_current_xact_id(),
+  seq bigint not null default nextval('klieo.message_seq'::regclass),
+  published_at timestamp with time zone not null default clock_timestamp(),
+  subject text collate "C" not null,
+  headers jsonb not null default '{}'::jsonb,
+  payload bytea not null,
+  constraint messages_pkey PRIMARY KEY (tx, seq),
+  constraint messages_headers_size CHECK ((pg_column_size(headers) <= 262144)),
+  constraint messages_payload_size CHECK ((octet_length(payload) <= 8388608))
+) with (autovacuum_vacuum_insert_scale_factor=0.05, vacuum_truncate=false);
+
+create table klieo.meta (
+  key text not null,
+  value text not null,
+  constraint meta_pkey PRIMARY KEY (key)
+);
+
+create unlogged table klieo.replies (
+  request_id uuid not null,
+  inbox text not null,
+  ok boolean not null,
+  payload bytea not null,
+  expires_at timestamp with time zone not null,
+  constraint replies_pkey PRIMARY KEY (request_id),
+  constraint replies_payload_size CHECK ((octet_length(payload) <= 8388608))
+) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
+
+create unlogged table klieo.requests (
+  id uuid not null,
+  subject text collate "C" not null,
+  headers jsonb not null default '{}'::jsonb,
+  payload bytea not null,
+  inbox text not null,
+  deadline timestamp with time zone not null,
+  claimed_by integer,
+  constraint requests_pkey PRIMARY KEY (id),
+  constraint requests_payload_size CHECK ((octet_length(payload) <= 8388608))
+) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
+
+create unlogged table klieo.responders (
+  id bigint not null generated always as identity,
+  instance_id integer not null,
+  filter text collate "C" not null,
+  pattern text collate "C" not null,
+  alive_until timestamp with time zone,
+  constraint responders_pkey PRIMARY KEY (id)
+);
+
+CREATE INDEX deliveries_due ON klieo.deliveries USING btree (consumer_id, visible_at);
+
+CREATE INDEX deliveries_final ON klieo.deliveries USING btree (visible_at) WHERE final;
+
+CREATE INDEX jobs_dead ON klieo.jobs USING btree (queue, died_at) WHERE (died_at IS NOT NULL);
+
+CREATE INDEX jobs_due ON klieo.jobs USING btree (queue, priority DESC, visible_at, id) WHERE (died_at IS NULL);
+
+CREATE INDEX jobs_exhausted ON klieo.jobs USING btree (visible_at) WHERE ((died_at IS NULL) AND (attempts >= max_attempts));
+
+CREATE INDEX kv_entries_expiry ON klieo.kv_entries USING btree (expires_at) WHERE (expires_at IS NOT NULL);
+
+CREATE INDEX message_ids_expiry ON klieo.message_ids USING btree (expires_at);
+
+CREATE INDEX replies_inbox ON klieo.replies USING btree (inbox);
+
+CREATE INDEX requests_open ON klieo.requests USING btree (deadline) WHERE (claimed_by IS NULL);
+
+CREATE INDEX responders_instance ON klieo.responders USING btree (instance_id);
+
+create view klieo.consumer_stats as
+ SELECT durable,
+    filter,
+    ( SELECT count(*) AS count
+           FROM klieo.messages m
+          WHERE ((m.tx >= pg_snapshot_xmin(o.lo)) AND (NOT pg_visible_in_snapshot(m.tx, o.lo)) AND (NOT COALESCE((pg_visible_in_snapshot(m.tx, o.hi) AND (ROW(m.tx, m.seq) <= ROW(o.pos_tx, o.pos_seq))), false)) AND ((m.subject = o.filter) OR (m.subject ~ o.pattern)) AND (m.seq >= o.start_seq) AND (m.published_at >= o.start_time))) AS pending,
+    ( SELECT count(*) AS count
+           FROM klieo.deliveries d
+          WHERE ((d.consumer_id = o.id) AND (d.token IS NOT NULL) AND (d.visible_at > clock_timestamp()))) AS in_flight,
+    ( SELECT count(*) AS count
+           FROM klieo.deliveries d
+          WHERE ((d.consumer_id = o.id) AND ((d.token IS NULL) OR (d.visible_at <= clock_timestamp())))) AS redelivering,
+    last_active_at
+   FROM klieo.consumer_offsets o;
+
+create view klieo.job_details as
+ SELECT id,
+    queue,
+        CASE
+            WHEN (died_at IS NOT NULL) THEN 'dead'::text
+            WHEN (visible_at <= clock_timestamp()) THEN 'ready'::text
+            WHEN (token IS NOT NULL) THEN 'running'::text
+            ELSE 'scheduled'::text
+        END AS state,
+    priority,
+    attempts,
+    max_attempts,
+    run_at,
+        CASE
+            WHEN ((token IS NOT NULL) AND (died_at IS NULL)) THEN visible_at
+            ELSE NULL::timestamp with time zone
+        END AS leased_until,
+    worker_id,
+    dedup_key,
+    last_error,
+    enqueued_at,
+    died_at,
+    headers,
+    payload,
+    klieo.as_text(payload) AS payload_text
+   FROM klieo.jobs j;
+
+create view klieo.message_details as
+ SELECT seq,
+    subject,
+    headers,
+    published_at,
+    payload,
+    klieo.as_text(payload) AS payload_text
+   FROM klieo.messages m;
+
+create view klieo.queue_stats as
+ SELECT queue,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS ready,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NULL))) AS scheduled,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NOT NULL))) AS running,
+    count(*) FILTER (WHERE (died_at IS NOT NULL)) AS dead,
+    min(visible_at) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS oldest_ready_at
+   FROM klieo.jobs j
+  GROUP BY queue;
+
+CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
+ RETURNS SETOF integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    with mine as materialized (
+      select * from klieo.settle_deliveries(
+        ack_deliveries.consumers, ack_deliveries.txs, ack_deliveries.seqs, ack_deliveries.tokens, ack_deliveries.no_wait)
+    )
+    delete from klieo.deliveries d
+    using mine
+    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+    returning mine.n;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean DEFAULT false)
+ RETURNS SETOF bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
+begin
+  return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.as_text(payload bytea)
+ RETURNS text
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  return convert_from(payload, 'UTF8');
+exception
+  when others then
+    return null;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.bury_deliveries(consumer integer, max_messages integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_count int;
+begin
+  with ended as materialized (
+    select d.consumer_id, d.tx, d.seq
+    from klieo.deliveries d
+    where d.consumer_id = bury_deliveries.consumer and d.visible_at <= (select clock_timestamp()) and d.final
+    order by d.visible_at
+    limit bury_deliveries.max_messages
+    for update skip locked
+  ), gone as (
+    delete from klieo.deliveries d
+    using ended
+    where d.consumer_id = ended.consumer_id and d.tx = ended.tx and d.seq = ended.seq
+    returning d.consumer_id, d.tx, d.seq, d.attempt
+  ), letter as (
+    insert into klieo.messages (subject, payload, headers)
+    select o.durable || '.dlq', m.payload,
+      m.headers || jsonb_build_object(
+        'dlq_reason', 'max_deliver_exceeded', 'dlq_subject', m.subject, 'dlq_seq', m.seq::text, 'dlq_attempts', gone.attempt::text)
+    from gone
+    join klieo.messages m on m.tx = gone.tx and m.seq = gone.seq
+    join klieo.consumer_offsets o on o.id = gone.consumer_id
+    returning 1
+  )
+  select count(*) into v_count from letter;
+  return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.bury_jobs(ids bigint[], reason text)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_count int;
+begin
+  with dead as (
+    update klieo.jobs j
+    set died_at = clock_timestamp(),
+      token = null,
+      last_error = case
+        when bury_jobs.reason is not null then left(bury_jobs.reason, 4000)
+        when j.token is not null then 'the lease of the last attempt ran out'
+        else j.last_error
+      end
+    where j.id = any(bury_jobs.ids)
+    returning j.id, j.queue, j.headers, j.payload, j.attempts, j.dedup_key, j.last_error
+  ), letter as (
+    insert into klieo.messages (subject, payload, headers)
+    select dead.queue || '.dlq', dead.payload,
+      dead.headers || jsonb_strip_nulls(jsonb_build_object(
+        -- A header holds no line breaks, and only so much.
+        'dlq_reason', coalesce(left(regexp_replace(bury_jobs.reason, '[\r\n]+', ' ', 'g'), 4000), 'max_attempts_exceeded'),
+        'dlq_queue', dead.queue,
+        'dlq_job_id', dead.id::text,
+        'dlq_attempts', dead.attempts::text,
+        'dlq_dedup_key', dead.dedup_key,
+        'dlq_error', case when bury_jobs.reason is null then left(regexp_replace(dead.last_error, '[\r\n]+', ' ', 'g'), 4000) end))
+    from dead
+    order by dead.id
+    returning 1
+  )
+  select count(*) into v_count from letter;
+  return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_headers(headers jsonb)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  if headers is null or jsonb_typeof(headers) <> 'object' then
+    raise exception 'headers must be a JSON object of strings' using errcode = '22023';
+  end if;
+  if headers <> '{}' and exists (
+    select from jsonb_each(headers) h
+    where jsonb_typeof(h.value) <> 'string' or h.key !~ '^[\x21-\x39\x3b-\x7e]+$' or h.value #>> '{}' ~ '[\r\n]'
+  ) then
+    raise exception 'headers must have printable ASCII names without ":" and space, and strings without CR and LF as values' using errcode = '22023';
+  end if;
+  if (select sum(octet_length(h.key) + octet_length(h.value)) from jsonb_each_text(headers) h) > 65536 then
+    raise exception 'headers must be at most 64 KiB, names and values together' using errcode = '22023';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_key(bucket text, key text, writing boolean)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  perform klieo.check_name('bucket', bucket);
+  if left(bucket, 6) = 'dedup.' then
+    if writing then
+      raise exception 'bucket must not begin with "dedup.": those buckets are written by enqueue alone' using errcode = '22023';
+    end if;
+    if key is null or length(key) not between 1 and 512 then
+      raise exception 'key must be 1 to 512 characters' using errcode = '22023';
+    end if;
+  elsif key is null or length(key) > 512 or key !~ '^[A-Za-z0-9_/=-]+(\.[A-Za-z0-9_/=-]+)*$' then
+    raise exception 'key must be 1 to 512 characters of A-Z a-z 0-9 _ - / = . with no dot first, last or doubled' using errcode = '22023';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_name(argument text, name text)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  if name is null or length(name) > (case when argument = 'bucket' and left(name, 6) = 'dedup.' then 134 else 128 end) or name !~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$' then
+    raise exception '% must be 1 to 128 characters of A-Z a-z 0-9 _ - with single dots between them', argument using errcode = '22023';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_payload(argument text, payload bytea)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  if payload is null then
+    raise exception '% must not be null', argument using errcode = '22023';
+  elsif octet_length(payload) > 8388608 then
+    raise exception '% must be at most 8 MiB', argument using errcode = '54000';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_subject(subject text)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+AS $function$
+begin
+  if subject is null or octet_length(subject) > 1024
+    or subject !~ '^[\x21-\x29\x2b-\x2d\x2f-\x3d\x3f-\x7e]+(\.[\x21-\x29\x2b-\x2d\x2f-\x3d\x3f-\x7e]+)*$'
+    or subject ~ '^(\$|_INBOX)' then
+    raise exception 'subject must be 1 to 1024 bytes of tokens joined by ".", of printable ASCII without wildcards, the first token not beginning with $ or _INBOX'
+      using errcode = '22023';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint DEFAULT 16777216)
+ RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_ttl interval := make_interval(secs => claim_jobs.lease_ttl_ms / 1000.0);
+  v_priority int := 101;
+  v_room int := claim_jobs.max_jobs;
+  v_bytes bigint := claim_jobs.max_bytes;
+  v_ended bigint[];
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
+  end if;
+  loop
+    select j.priority into v_priority
+    from klieo.jobs j
+    where j.queue = claim_jobs.queue and j.died_at is null and j.priority < v_priority
+    order by j.priority desc
+    limit 1;
+    exit when not found;
+    loop
+      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
+      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
+        with due as materialized (
+          select j.id, j.visible_at, octet_length(j.payload) as size
+          from klieo.jobs j
+          where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          order by j.visible_at, j.id
+          limit v_room
+          for no key update skip locked
+        ), fitting as (
+          select s.id, s.visible_at
+          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
+          where s.before < v_bytes
+        ), claimed as (
+          update klieo.jobs j
+          set attempts = j.attempts + 1,
+            fence = j.fence + 1,
+            token = gen_random_uuid(),
+            worker_id = claim_jobs.worker_id,
+            visible_at = clock_timestamp() + v_ttl
+          from fitting f
+          where j.id = f.id and j.attempts < j.max_attempts
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at as expires_at, f.visible_at
+        )
+        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.expires_at
+        from claimed c
+        order by c.visible_at, c.id
+      loop
+        v_room := v_room - 1;
+        v_bytes := v_bytes - octet_length(payload);
+        return next;
+      end loop;
+      if v_room = 0 or v_bytes <= 0 then
+        return;
+      end if;
+      with ended as materialized (
+        select j.id
+        from klieo.jobs j
+        where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          and j.attempts >= j.max_attempts
+        order by j.visible_at, j.id
+        limit 100
+        for no key update skip locked
+      )
+      select array_agg(ended.id) into v_ended from ended;
+      exit when v_ended is null;
+      perform klieo.bury_jobs(v_ended, null);
+    end loop;
+  end loop;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean DEFAULT false)
+ RETURNS SETOF bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(dead_letter_jobs.ids, dead_letter_jobs.tokens, dead_letter_jobs.no_wait);
+begin
+  perform klieo.bury_jobs(array[d.id], d.reason)
+  from unnest(dead_letter_jobs.ids, dead_letter_jobs.reasons) as d(id, reason)
+  where d.id = any(v_mine);
+  return query select unnest(v_mine);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.dedup_lives(bucket text, value bytea)
+ RETURNS boolean
+ LANGUAGE sql
+ STABLE
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+  select left(bucket, 6) = 'dedup.' and exists (
+    select from klieo.jobs j where j.id = convert_from(value, 'UTF8')::bigint and j.died_at is null
+  )
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.enqueue(queue text, payload bytea, headers jsonb DEFAULT '{}'::jsonb, dedup_key text DEFAULT NULL::text, max_attempts integer DEFAULT 5, run_at timestamp with time zone DEFAULT now(), priority integer DEFAULT 0)
+ RETURNS bigint
+ LANGUAGE plpgsql
+AS $function$
+declare
+  v_id bigint;
+begin
+  perform klieo.check_name('queue', enqueue.queue);
+  perform klieo.check_payload('payload', enqueue.payload);
+  perform klieo.check_headers(enqueue.headers);
+  if enqueue.dedup_key is not null and length(enqueue.dedup_key) not between 1 and 512 then
+    raise exception 'dedup_key must be 1 to 512 characters' using errcode = '22023';
+  elsif coalesce(enqueue.max_attempts, 0) not between 1 and 1000000 then
+    raise exception 'max_attempts must be from 1 to 1000000' using errcode = '22023';
+  elsif coalesce(enqueue.priority, 101) not between -100 and 100 then
+    raise exception 'priority must be from -100 to 100' using errcode = '22023';
+  elsif enqueue.run_at is null or not isfinite(enqueue.run_at) then
+    raise exception 'run_at must be a time' using errcode = '22023';
+  end if;
+  select j.id into v_id
+  from klieo.enqueue_many(
+    array[enqueue.queue], enqueue.payload, array[1], array[octet_length(enqueue.payload)], array[enqueue.headers::text],
+    case when enqueue.dedup_key is not null then array[enqueue.dedup_key] end, array[enqueue.max_attempts], null,
+    array[enqueue.run_at], array[enqueue.priority]) j;
+  return v_id;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[])
+ RETURNS TABLE(id bigint, added boolean)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_ids bigint[];
+  v_new bigint[];
+  v_found bigint[];
+  v_missing boolean;
+begin
+  if enqueue_many.dedup_keys is null then
+    return query
+      with stored as (
+        insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+        select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
+          substring(enqueue_many.payloads from i.start for i.length)
+        from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+            enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
+            with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
+          lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
+        order by i.n
+        returning j.id
+      )
+      select stored.id, true from stored order by stored.id;
+    return;
+  end if;
+
+  v_ids := array(select nextval('klieo.job_id') from generate_series(1, cardinality(enqueue_many.starts)));
+  loop
+    -- The record is written before the job and in its transaction. Sorted, so that two batches do not deadlock; a key
+    -- whose enqueuer has not committed yet is waited for.
+    with firsts as (
+      select distinct on (i.queue, i.key) i.queue, i.key, v_ids[i.n] as id
+      from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+      where i.key is not null
+      order by i.queue, i.key, i.n
+    ), taken as (
+      insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+      select 'dedup.' || firsts.queue, firsts.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + interval '24 hours',
+        convert_to(firsts.id::text, 'UTF8')
+      from firsts
+      order by firsts.queue, firsts.key
+      on conflict (bucket, key) do update
+        set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = excluded.expires_at, value = excluded.value
+        where e.value is null or (e.expires_at <= clock_timestamp() and not klieo.dedup_lives(e.bucket, e.value))
+      returning e.bucket, e.key, e.revision, e.updated_at, e.value
+    ), logged as (
+      insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+      select taken.revision, taken.updated_at, taken.bucket, taken.key, taken.value from taken
+    )
+    select v_new || array_agg(convert_from(taken.value, 'UTF8')::bigint) into v_new from taken;
+
+    -- A statement of its own: it sees what was waited for.
+    select array_agg(case when i.key is null then v_ids[i.n] else convert_from(e.value, 'UTF8')::bigint end order by i.n), bool_or(i.key is not null and e.value is null)
+    into v_found, v_missing
+    from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+    left join klieo.kv_entries e on e.bucket = 'dedup.' || i.queue and e.key = i.key;
+    -- A record that was deleted between the two statements: once more.
+    exit when not coalesce(v_missing, false);
+  end loop;
+
+  insert into klieo.jobs (id, queue, run_at, visible_at, max_attempts, priority, dedup_key, headers, payload)
+  select v_ids[i.n], i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), i.key, coalesce(i.headers::jsonb, '{}'),
+    substring(enqueue_many.payloads from i.start for i.length)
+  from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+      enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities, enqueue_many.dedup_keys)
+      with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, key, n),
+    lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
+  where i.key is null or v_ids[i.n] = any(v_new)
+  order by i.n;
+
+  return query
+    select f.id, coalesce(f.id = v_ids[f.n], false)
+    from unnest(v_found) with ordinality as f(id, n)
+    order by f.n;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], waits_ms bigint[])
+ RETURNS SETOF integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  with mine as materialized (
+    select s.n, s.consumer_id, s.tx, s.seq
+    from klieo.settle_deliveries(
+      extend_deliveries.consumers, extend_deliveries.txs, extend_deliveries.seqs, extend_deliveries.tokens, true) s
+  )
+  update klieo.deliveries d
+  set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[mine.n] / 1000.0))
+  from mine
+  where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq;
+  return query
+    select g.n::int
+    from unnest(extend_deliveries.consumers, extend_deliveries.txs, extend_deliveries.seqs, extend_deliveries.tokens)
+      with ordinality as g(consumer_id, tx, seq, token, n)
+    join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint)
+ RETURNS TABLE(tx xid8, seq bigint, subject text, headers jsonb, payload bytea, published_at timestamp with time zone, attempt integer, token uuid, more boolean, final_due boolean, due_in_ms double precision)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  c klieo.consumer_offsets;
+  v_hi pg_snapshot;
+  v_now timestamptz := clock_timestamp();
+  v_wait interval := make_interval(secs => fetch_messages.ack_wait_ms / 1000.0);
+  v_tx xid8[] := '{}';
+  v_seq bigint[] := '{}';
+  v_attempt int[] := '{}';
+  v_token uuid[] := '{}';
+  v_due boolean;
+  v_final boolean;
+  v_more boolean := false;
+  v_full boolean := false;
+  v_moved boolean := false;
+  v_room int;
+  v_bytes bigint := fetch_messages.max_bytes;
+  v_scan int;
+  v_scanned int := 0;
+  p record;
+begin
+  if pg_current_xact_id_if_assigned() is not null then
+    raise exception 'messages must not be fetched in a transaction that has written' using errcode = 'KB002';
+  end if;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'messages must be fetched in READ COMMITTED' using errcode = 'KB003';
+  end if;
+
+  -- A look without a lock: an idle durable costs no write.
+  select o.* into c from klieo.consumer_offsets o where o.id = fetch_messages.consumer;
+  if not found then
+    raise exception 'the durable does not exist' using errcode = 'KB001';
+  end if;
+  select pg_current_snapshot() into v_hi;
+  if pg_snapshot_xmax(c.lo) > pg_snapshot_xmax(v_hi) then
+    raise exception 'the database was restored from a dump' using errcode = 'KB004';
+  end if;
+  select coalesce(bool_or(not d.final), false), coalesce(bool_or(d.final), false) into v_due, v_final
+  from klieo.deliveries d where d.consumer_id = fetch_messages.consumer and d.visible_at <= v_now;
+
+  if v_due or c.hi is not null or c.last_active_at < v_now - interval '30 seconds' or klieo.window_has_message(c.lo, v_hi) then
+    select o.* into c from klieo.consumer_offsets o where o.id = fetch_messages.consumer for no key update;
+    if not found then
+      raise exception 'the durable does not exist' using errcode = 'KB001';
+    end if;
+
+    if v_due then
+      with due as materialized (
+        select d.tx, d.seq, d.visible_at
+        from klieo.deliveries d
+        where d.consumer_id = fetch_messages.consumer and d.visible_at <= v_now and not d.final
+        order by d.visible_at, d.tx, d.seq
+        limit fetch_messages.max_messages
+        for no key update skip locked
+      ), sized as (
+        select due.tx, due.seq, octet_length(m.payload) as size,
+          sum(octet_length(m.payload)) over (order by due.visible_at, due.tx, due.seq rows unbounded preceding) as bytes
+        from due
+        join klieo.messages m on m.tx = due.tx and m.seq = due.seq
+      ), fitting as (
+        select sized.tx, sized.seq, sized.bytes from sized where sized.bytes - sized.size < fetch_messages.max_bytes
+      ), again as (
+        update klieo.deliveries d
+        set attempt = d.attempt + 1,
+          token = gen_random_uuid(),
+          visible_at = clock_timestamp() + v_wait,
+          final = coalesce(d.attempt + 1 >= fetch_messages.max_deliver, false)
+        from fitting f
+        where d.consumer_id = fetch_messages.consumer and d.tx = f.tx and d.seq = f.seq
+        returning d.tx, d.seq, d.attempt, d.token, f.bytes
+      )
+      select
+        coalesce(array_agg(again.tx order by again.tx, again.seq), '{}'), coalesce(array_agg(again.seq order by again.tx, again.seq), '{}'),
+        coalesce(array_agg(again.attempt order by again.tx, again.seq), '{}'), coalesce(array_agg(again.token order by again.tx, again.seq), '{}'),
+        v_bytes - coalesce(max(again.bytes), 0)
+      into v_tx, v_seq, v_attempt, v_token, v_bytes
+      from again;
+    end if;
+
+    select fetch_messages.max_ack_pending - count(*) into v_room
+    from (select from klieo.deliveries d where d.consumer_id = fetch_messages.consumer limit fetch_messages.max_ack_pending) pending;
+    v_full := v_room <= 0;
+    v_room := least(v_room, fetch_messages.max_messages - cardinality(v_seq));
+
+    v_scan := v_room;
+    while v_room > 0 and v_bytes > 0 loop
+      if c.hi is null then
+        select pg_current_snapshot(), '0', 0 into c.hi, c.pos_tx, c.pos_seq;
+        if not klieo.window_has_message(c.lo, c.hi) then
+          c.hi := null;
+          -- Nothing to hand out. The snapshot is moved on now and then, so that retention sees that this durable is past.
+          if c.last_active_at < v_now - interval '30 seconds' then
+            select pg_current_snapshot() into v_hi;
+            if not klieo.window_has_message(c.lo, v_hi) then
+              c.lo := v_hi;
+              v_moved := true;
+            end if;
+          end if;
+          exit;
+        end if;
+      end if;
+
+      -- The scan is limited, not the hits: a rare filter must not walk the log in one statement. Stragglers that were
+      -- running at lo have smaller xids than all that began after it, so (tx, seq) serves them first and one position is
+      -- enough. The bound of the second arm is folded into one row comparison, which the index can start from.
+      with candidate as materialized (
+        select u.tx, u.seq, u.size, u.hit
+        from (
+          (
+            select m.tx, m.seq, octet_length(m.payload) as size,
+              (m.subject = c.filter or m.subject ~ c.pattern) and m.seq >= c.start_seq and m.published_at >= c.start_time as hit
+            from klieo.messages m
+            where m.tx = any (array(select pg_snapshot_xip(c.lo)))
+              and pg_visible_in_snapshot(m.tx, c.hi)
+              and (m.tx, m.seq) > (c.pos_tx, c.pos_seq)
+            order by m.tx, m.seq
+            limit v_scan
+          )
+          union all
+          (
+            select m.tx, m.seq, octet_length(m.payload),
+              (m.subject = c.filter or m.subject ~ c.pattern) and m.seq >= c.start_seq and m.published_at >= c.start_time
+            from klieo.messages m
+            where (m.tx, m.seq) > (greatest(c.pos_tx, pg_snapshot_xmax(c.lo)), case when c.pos_tx >= pg_snapshot_xmax(c.lo) then c.pos_seq else 0 end)
+              and m.tx < pg_snapshot_xmax(c.hi)
+              and pg_visible_in_snapshot(m.tx, c.hi)
+            order by m.tx, m.seq
+            limit v_scan
+          )
+        ) u
+        order by u.tx, u.seq
+        limit v_scan
+      ), counted as (
+        select k.tx, k.seq, k.hit,
+          count(*) filter (where k.hit) over before as hits,
+          coalesce(sum(k.size) filter (where k.hit) over before, 0) as bytes
+        from candidate k
+        window before as (order by k.tx, k.seq rows between unbounded preceding and 1 preceding)
+      ), kept as (
+        select * from counted where counted.hits < v_room and (counted.bytes < v_bytes or counted.hits = 0)
+      ), handed_out as (
+        insert into klieo.deliveries as d (consumer_id, tx, seq, attempt, visible_at, token, final)
+        select fetch_messages.consumer, kept.tx, kept.seq, 1, clock_timestamp() + v_wait, gen_random_uuid(), coalesce(1 >= fetch_messages.max_deliver, false)
+        from kept
+        where kept.hit
+        returning d.tx, d.seq, d.token
+      )
+      select
+        (select count(*) from candidate) as candidates,
+        (select count(*) from kept) as kept,
+        (select last.tx from kept last order by last.tx desc, last.seq desc limit 1) as last_tx,
+        (select last.seq from kept last order by last.tx desc, last.seq desc limit 1) as last_seq,
+        (select coalesce(sum(octet_length(m.payload)), 0) from handed_out h join klieo.messages m on m.tx = h.tx and m.seq = h.seq) as bytes,
+        coalesce(array_agg(h.tx order by h.tx, h.seq), '{}') as tx,
+        coalesce(array_agg(h.seq order by h.tx, h.seq), '{}') as seq,
+        coalesce(array_agg(h.token order by h.tx, h.seq), '{}') as token
+      into p
+      from handed_out h;
+
+      v_moved := true;
+      v_tx := v_tx || p.tx;
+      v_seq := v_seq || p.seq;
+      v_token := v_token || p.token;
+      v_attempt := v_attempt || array_fill(1, array[cardinality(p.seq)]);
+      v_room := v_room - cardinality(p.seq);
+      v_bytes := v_bytes - p.bytes;
+      v_scanned := v_scanned + p.candidates;
+      if p.candidates < v_scan and p.kept = p.candidates then
+        -- The window is used up: what hi saw has been handed out.
+        c.lo := c.hi;
+        c.hi := null;
+        c.pos_tx := '0';
+        c.pos_seq := 0;
+        -- What was committed since is found by the next fetch.
+        v_more := cardinality(v_seq) > 0;
+        exit;
+      end if;
+      c.pos_tx := p.last_tx;
+      c.pos_seq := p.last_seq;
+      v_more := true;
+      exit when v_bytes <= 0 or v_scanned >= 4000;
+      v_scan := least(1000, greatest(v_room, case when cardinality(p.seq) * 4 < p.candidates then v_scan * 4 else v_scan end));
+    end loop;
+
+    if v_moved or c.last_active_at < v_now - interval '30 seconds' then
+      update klieo.consumer_offsets o
+      set lo = c.lo, hi = c.hi, pos_tx = c.pos_tx, pos_seq = c.pos_seq, last_active_at = v_now
+      where o.id = fetch_messages.consumer;
+    end if;
+  end if;
+
+  return query
+    select m.tx, m.seq, m.subject, m.headers, m.payload, m.published_at, h.attempt, h.token, null::boolean, null::boolean, null::double precision
+    from unnest(v_tx, v_seq, v_attempt, v_token) with ordinality as h(tx, seq, attempt, token, n)
+    join klieo.messages m on m.tx = h.tx and m.seq = h.seq
+    order by h.n;
+  -- The last row tells how to go on.
+  return query
+    select null::xid8, null::bigint, null::text, null::jsonb, null::bytea, null::timestamptz, null::int, null::uuid, v_more, v_final,
+      least(
+        case when v_full then 50 end,
+        (select extract(epoch from d.visible_at - clock_timestamp()) * 1000
+         from klieo.deliveries d
+         where d.consumer_id = fetch_messages.consumer and d.visible_at > v_now
+         order by d.visible_at
+         limit 1))::double precision;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.filter_pattern(filter text)
+ RETURNS text
+ LANGUAGE sql
+ IMMUTABLE PARALLEL SAFE STRICT
+AS $function$
+  select '^' || string_agg(
+    case token when '*' then '[^.]+' when '>' then '.+' else regexp_replace(token, '([^A-Za-z0-9_-])', '\\\1', 'g') end,
+    '\.' order by n) || '$'
+  from unnest(string_to_array(filter, '.')) with ordinality as t(token, n)
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint)
+ RETURNS timestamp with time zone
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_until timestamptz;
+begin
+  with mine as materialized (
+    select j.id
+    from klieo.jobs j
+    where j.id = heartbeat_job.id and j.token = heartbeat_job.token
+    for no key update skip locked
+  )
+  update klieo.jobs j
+  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+  from mine
+  where j.id = mine.id
+  returning j.visible_at into v_until;
+  if not found then
+    select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
+  end if;
+  return v_until;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint DEFAULT NULL::bigint)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_expiry interval := make_interval(secs => kv_cas.ttl_ms / 1000.0);
+  v_revision bigint;
+  v_at timestamptz;
+begin
+  perform klieo.check_key(kv_cas.bucket, kv_cas.key, true);
+  perform klieo.check_payload('value', kv_cas.value);
+  if kv_cas.expected is null then
+    insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+    values (kv_cas.bucket, kv_cas.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_cas.value)
+    on conflict (bucket, key) do update
+      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
+      where e.value is null or e.expires_at <= clock_timestamp()
+    returning e.revision, e.updated_at into v_revision, v_at;
+  else
+    update klieo.kv_entries e
+    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
+    where e.bucket = kv_cas.bucket
+      and e.key = kv_cas.key
+      and e.revision = kv_cas.expected
+      and e.value is not null
+      and (e.expires_at is null or e.expires_at > clock_timestamp())
+    returning e.revision, e.updated_at into v_revision, v_at;
+  end if;
+  if v_revision is not null then
+    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_cas.bucket, kv_cas.key, kv_cas.value);
+  end if;
+  return v_revision;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_delete(bucket text, key text, expected bigint DEFAULT NULL::bigint)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_revision bigint;
+  v_at timestamptz;
+begin
+  perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
+  update klieo.kv_entries e
+  set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
+  where e.bucket = kv_delete.bucket
+    and e.key = kv_delete.key
+    and e.value is not null
+    and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value))
+    and (kv_delete.expected is null or e.revision = kv_delete.expected)
+  returning e.revision, e.updated_at into v_revision, v_at;
+  if v_revision is not null then
+    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_delete.bucket, kv_delete.key, null);
+  end if;
+  return v_revision;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_expire(max_entries integer)
+ RETURNS TABLE(bucket text, count integer)
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+begin
+  -- An idempotency record whose job lives is looked at again in an hour.
+  update klieo.kv_entries e
+  set expires_at = clock_timestamp() + interval '1 hour'
+  where (e.bucket, e.key) in (
+      select x.bucket, x.key from klieo.kv_entries x
+      where x.expires_at <= (select clock_timestamp()) and left(x.bucket, 6) = 'dedup.'
+      order by x.expires_at
+      limit kv_expire.max_entries
+    )
+    and e.expires_at <= clock_timestamp()
+    and klieo.dedup_lives(e.bucket, e.value);
+  return query
+    with expired as materialized (
+      select e.bucket, e.key
+      from klieo.kv_entries e
+      where e.expires_at <= (select clock_timestamp()) and not klieo.dedup_lives(e.bucket, e.value)
+      order by e.expires_at
+      limit kv_expire.max_entries
+      for no key update skip locked
+    ), buried as (
+      update klieo.kv_entries e
+      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
+      from expired
+      where e.bucket = expired.bucket and e.key = expired.key
+      returning e.bucket, e.key, e.revision, e.updated_at
+    ), logged as (
+      insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+      select buried.revision, buried.updated_at, buried.bucket, buried.key, null from buried
+      returning bucket
+    )
+    select logged.bucket, count(*)::int from logged group by logged.bucket;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_get(bucket text, key text)
+ RETURNS TABLE(value bytea, revision bigint, updated_at timestamp with time zone)
+ LANGUAGE plpgsql
+ STABLE
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    select e.value, e.revision, e.updated_at
+    from klieo.kv_entries e
+    where e.bucket = kv_get.bucket
+      and e.key = kv_get.key
+      and e.value is not null
+      and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value));
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint DEFAULT NULL::bigint)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_expiry interval := make_interval(secs => kv_put.ttl_ms / 1000.0);
+  v_revision bigint;
+  v_at timestamptz;
+begin
+  perform klieo.check_key(kv_put.bucket, kv_put.key, true);
+  perform klieo.check_payload('value', kv_put.value);
+  insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+  values (kv_put.bucket, kv_put.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_put.value)
+  on conflict (bucket, key) do update
+    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
+  returning e.revision, e.updated_at into v_revision, v_at;
+  insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_put.bucket, kv_put.key, kv_put.value);
+  return v_revision;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.live_responders(subject text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+begin
+  -- Who can take a process's lock finds it dead; the lock goes with this transaction.
+  return exists (
+    select from klieo.responders r
+    where live_responders.subject ~ r.pattern
+      and case
+        when r.alive_until is null then not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id)
+        else r.alive_until > clock_timestamp()
+      end);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
+ RETURNS SETOF integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_given int[];
+  v_ended int[];
+begin
+  with mine as materialized (
+    select * from klieo.settle_deliveries(
+      nak_deliveries.consumers, nak_deliveries.txs, nak_deliveries.seqs, nak_deliveries.tokens, nak_deliveries.no_wait)
+  ), given as (
+    update klieo.deliveries d
+    set token = null,
+      visible_at = clock_timestamp() + make_interval(secs => case when d.final then 0 else nak_deliveries.delays_ms[mine.n] / 1000.0 end)
+    from mine
+    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+    returning mine.n, d.final, d.consumer_id
+  )
+  select array_agg(given.n), array_agg(distinct given.consumer_id) filter (where given.final) into v_given, v_ended from given;
+  -- A nak of the last delivery ends the message at once.
+  perform klieo.bury_deliveries(e.consumer_id, 1000) from unnest(v_ended) as e(consumer_id);
+  return query select unnest(v_given);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean DEFAULT false)
+ RETURNS SETOF bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(nak_jobs.ids, nak_jobs.tokens, nak_jobs.no_wait);
+  v_ended bigint[];
+begin
+  with given as (
+    update klieo.jobs j
+    set token = null, run_at = due.at, visible_at = due.at, last_error = coalesce(n.error, j.last_error)
+    from unnest(nak_jobs.ids, nak_jobs.delays_ms, nak_jobs.errors) as n(id, delay_ms, error),
+      lateral (select clock_timestamp() + make_interval(secs => n.delay_ms / 1000.0)) as due(at)
+    where j.id = n.id and j.id = any(v_mine)
+    returning j.id, j.attempts >= j.max_attempts as ended
+  )
+  select array_agg(given.id) filter (where given.ended) into v_ended from given;
+  if v_ended is not null then
+    perform klieo.bury_jobs(v_ended, null);
+  end if;
+  return query select unnest(v_mine);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.next_job_in_ms(queue text)
+ RETURNS double precision
+ LANGUAGE plpgsql
+ STABLE
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_priority int := 101;
+  v_next timestamptz;
+  v_least timestamptz;
+begin
+  loop
+    select j.priority into v_priority
+    from klieo.jobs j
+    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority < v_priority
+    order by j.priority desc
+    limit 1;
+    exit when not found;
+    -- One that is due and was not claimed is locked by somebody's open transaction: it is polled for.
+    v_next := null;
+    select j.visible_at into v_next
+    from klieo.jobs j
+    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+    order by j.visible_at
+    limit 1;
+    v_least := least(v_least, v_next);
+  end loop;
+  return extract(epoch from v_least - v_now) * 1000;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.presence_class()
+ RETURNS integer
+ LANGUAGE sql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+  select ('x' || left(md5('klieo.presence'), 8))::bit(32)::int
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.prune_kv(max_rows integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+declare
+  v_changes int;
+  v_entries int;
+begin
+  with old as materialized (
+    select c.tx, c.revision
+    from klieo.kv_changes c
+    where c.changed_at < clock_timestamp() - interval '10 minutes' and c.tx < pg_snapshot_xmin(pg_current_snapshot())
+    order by c.tx, c.revision
+    limit prune_kv.max_rows
+  )
+  delete from klieo.kv_changes c
+  using old
+  where c.tx = old.tx and c.revision = old.revision;
+  get diagnostics v_changes = row_count;
+  -- A tombstone may go once no statement can be under way that drew a revision before it.
+  with old as materialized (
+    select e.bucket, e.key
+    from klieo.kv_entries e
+    where e.value is null and e.updated_at < clock_timestamp() - interval '7 days'
+    limit prune_kv.max_rows
+    for update skip locked
+  )
+  delete from klieo.kv_entries e
+  using old
+  where e.bucket = old.bucket and e.key = old.key;
+  get diagnostics v_entries = row_count;
+  return greatest(v_changes, v_entries);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.prune_messages(retention_ms bigint, max_messages integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_bound xid8;
+  v_count int;
+begin
+  -- Below the oldest transaction that any durable still waits for, everything has been handed out to everybody. A late
+  -- commit has an xid above it, however old its published_at.
+  select o.xmin into v_bound
+  from (
+    select pg_snapshot_xmin(lo) as xmin from klieo.consumer_offsets
+    union all
+    select pg_snapshot_xmin(pg_current_snapshot())
+  ) o
+  order by o.xmin
+  limit 1;
+  with old as materialized (
+    select m.tx, m.seq
+    from klieo.messages m
+    where m.tx < v_bound
+      and m.published_at < clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0)
+      and not exists (select from klieo.deliveries d where d.tx = m.tx and d.seq = m.seq)
+    order by m.tx, m.seq
+    limit prune_messages.max_messages
+  )
+  delete from klieo.messages m
+  using old
+  where m.tx = old.tx and m.seq = old.seq;
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.prune_rest(dead_jobs_ms bigint, max_rows integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+declare
+  v_count int;
+  v_most int := 0;
+begin
+  delete from klieo.jobs j
+  where j.id = any (array(
+    select d.id from klieo.jobs d
+    where d.died_at < clock_timestamp() - make_interval(secs => prune_rest.dead_jobs_ms / 1000.0)
+    limit prune_rest.max_rows
+    for update skip locked));
+  get diagnostics v_count = row_count;
+  v_most := greatest(v_most, v_count);
+  -- A minute later than the ids end: publish_many may just be looking one up.
+  delete from klieo.message_ids i
+  where i.msg_id = any (array(
+    select d.msg_id from klieo.message_ids d
+    where d.expires_at < (select clock_timestamp() - interval '1 minute')
+    order by d.expires_at
+    limit prune_rest.max_rows
+    for update skip locked));
+  get diagnostics v_count = row_count;
+  v_most := greatest(v_most, v_count);
+  delete from klieo.requests r where r.deadline < clock_timestamp() - interval '1 second';
+  delete from klieo.replies r where r.expires_at < clock_timestamp() - interval '1 second';
+  -- Deliveries whose durable is gone.
+  delete from klieo.deliveries d where not exists (select from klieo.consumer_offsets o where o.id = d.consumer_id);
+  return v_most;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.publish(subject text, payload bytea, headers jsonb DEFAULT '{}'::jsonb, msg_id text DEFAULT NULL::text)
+ RETURNS bigint
+ LANGUAGE plpgsql
+AS $function$
+declare
+  v_seq bigint;
+begin
+  perform klieo.check_subject(publish.subject);
+  perform klieo.check_payload('payload', publish.payload);
+  perform klieo.check_headers(publish.headers);
+  if publish.msg_id is not null and length(publish.msg_id) not between 1 and 512 then
+    raise exception 'msg_id must be 1 to 512 characters' using errcode = '22023';
+  end if;
+  select p.seq into v_seq
+  from klieo.publish_many(
+    array[publish.subject], publish.payload, array[1], array[octet_length(publish.payload)], array[publish.headers::text],
+    case when publish.msg_id is not null then array[publish.msg_id] end) p;
+  return v_seq;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.publish_many(subjects text[], payloads bytea, starts integer[], lengths integer[], headers text[], msg_ids text[])
+ RETURNS TABLE(seq bigint, duplicate boolean)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_seqs bigint[];
+  v_new bigint[];
+begin
+  if publish_many.msg_ids is null then
+    -- The default draws the numbers in the order of the input: the sort is below the insert.
+    return query
+      with stored as (
+        insert into klieo.messages as m (subject, payload, headers)
+        select i.subject, substring(publish_many.payloads from i.start for i.length), coalesce(i.headers::jsonb, '{}')
+        from unnest(publish_many.subjects, publish_many.starts, publish_many.lengths, publish_many.headers)
+          with ordinality as i(subject, start, length, headers, n)
+        order by i.n
+        returning m.seq
+      )
+      select stored.seq, false from stored order by stored.seq;
+    return;
+  end if;
+
+  v_seqs := array(select nextval('klieo.message_seq') from generate_series(1, cardinality(publish_many.subjects)));
+  -- Sorted, so that two batches meet in the same order and do not deadlock. An id whose publisher has not committed yet
+  -- is waited for: whether this is a duplicate is decided by how that transaction ends.
+  with firsts as (
+    select distinct on (i.msg_id) i.msg_id, v_seqs[i.n] as seq
+    from unnest(publish_many.msg_ids) with ordinality as i(msg_id, n)
+    where i.msg_id is not null
+    order by i.msg_id, i.n
+  ), taken as (
+    insert into klieo.message_ids as d (msg_id, seq, expires_at)
+    select firsts.msg_id, firsts.seq, clock_timestamp() + interval '2 minutes'
+    from firsts
+    order by firsts.msg_id
+    on conflict (msg_id) do update
+      set seq = excluded.seq, expires_at = excluded.expires_at
+      where d.expires_at <= clock_timestamp()
+    returning d.seq
+  )
+  select array_agg(taken.seq) into v_new from taken;
+
+  insert into klieo.messages (seq, subject, payload, headers)
+  select v_seqs[i.n], i.subject, substring(publish_many.payloads from i.start for i.length), coalesce(i.headers::jsonb, '{}')
+  from unnest(publish_many.subjects, publish_many.starts, publish_many.lengths, publish_many.headers, publish_many.msg_ids)
+    with ordinality as i(subject, start, length, headers, msg_id, n)
+  where i.msg_id is null or v_seqs[i.n] = any(v_new)
+  order by i.n;
+
+  -- A statement of its own: it sees what the publisher that was waited for has committed.
+  return query
+    select
+      case when fresh.yes then v_seqs[i.n] else (select d.seq from klieo.message_ids d where d.msg_id = i.msg_id) end,
+      not fresh.yes
+    from unnest(publish_many.msg_ids) with ordinality as i(msg_id, n),
+      lateral (select i.msg_id is null or v_seqs[i.n] = any(v_new)) as fresh(yes)
+    order by i.n;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.reap_deliveries(max_messages integer)
+ RETURNS TABLE(durable text, count integer)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    with ended as materialized (
+      select d.consumer_id, least(count(*), reap_deliveries.max_messages)::int as most
+      from (
+        select d.consumer_id from klieo.deliveries d
+        where d.final and d.visible_at <= (select clock_timestamp())
+        order by d.visible_at
+        limit reap_deliveries.max_messages
+      ) d
+      group by d.consumer_id
+    ), buried as materialized (
+      select ended.consumer_id, klieo.bury_deliveries(ended.consumer_id, ended.most) as count from ended
+    )
+    select o.durable, buried.count
+    from buried
+    join klieo.consumer_offsets o on o.id = buried.consumer_id
+    where buried.count > 0;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.reap_jobs(max_jobs integer)
+ RETURNS TABLE(queue text, count integer)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_ended bigint[];
+begin
+  with ended as materialized (
+    select j.id
+    from klieo.jobs j
+    where j.died_at is null and j.attempts >= j.max_attempts and j.visible_at <= (select clock_timestamp())
+    order by j.visible_at
+    limit reap_jobs.max_jobs
+    for no key update skip locked
+  )
+  select array_agg(ended.id) into v_ended from ended;
+  if v_ended is null then
+    return;
+  end if;
+  perform klieo.bury_jobs(v_ended, null);
+  return query select j.queue, count(*)::int from klieo.jobs j where j.id = any(v_ended) group by j.queue;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.rebase()
+ RETURNS boolean
+ LANGUAGE plpgsql
+AS $function$
+begin
+  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes in access exclusive mode;
+  if not klieo.restored() then
+    return false;
+  end if;
+  -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
+  insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
+  select o.id, m.tx, m.seq, 0, clock_timestamp()
+  from klieo.consumer_offsets o
+  join klieo.messages m
+    on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time
+  where not pg_visible_in_snapshot(m.tx, o.lo)
+    and not coalesce(pg_visible_in_snapshot(m.tx, o.hi) and (m.tx, m.seq) <= (o.pos_tx, o.pos_seq), false)
+  on conflict do nothing;
+  update klieo.deliveries set tx = '3';
+  update klieo.messages set tx = '3';
+  update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
+  update klieo.kv_entries set tx = '3';
+  truncate klieo.kv_changes;
+  return true;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[])
+ RETURNS SETOF integer
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    with mine as materialized (
+      select * from klieo.settle_deliveries(
+        release_deliveries.consumers, release_deliveries.txs, release_deliveries.seqs, release_deliveries.tokens, true)
+    )
+    update klieo.deliveries d
+    set attempt = d.attempt - 1, token = null, final = false, visible_at = clock_timestamp()
+    from mine
+    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
+    returning mine.n;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[])
+ RETURNS SETOF bigint
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
+begin
+  return query
+    update klieo.jobs j
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    where j.id = any(v_mine)
+    returning j.id;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.restored()
+ RETURNS boolean
+ LANGUAGE plpgsql
+AS $function$
+declare
+  v_xmax xid8 := pg_snapshot_xmax(pg_current_snapshot());
+begin
+  -- Snapshots and xids from another cluster's future: nothing would ever be delivered again.
+  return exists (select from klieo.consumer_offsets o where pg_snapshot_xmax(o.lo) > v_xmax or pg_snapshot_xmax(o.hi) > v_xmax)
+    or coalesce((select m.tx >= v_xmax from klieo.messages m order by m.tx desc, m.seq desc limit 1), false);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.retry_dead(queue text, id bigint DEFAULT NULL::bigint)
+ RETURNS bigint
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+declare
+  v_count bigint;
+begin
+  update klieo.jobs j
+  set died_at = null, attempts = 0, token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+  where j.queue = retry_dead.queue and j.died_at is not null and (retry_dead.id is null or j.id = retry_dead.id);
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.settle_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean)
+ RETURNS TABLE(n integer, consumer_id integer, tx xid8, seq bigint)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+begin
+  -- Locked in one order, so that two batches do not deadlock. The token is looked at again after the wait.
+  if settle_deliveries.no_wait then
+    return query
+      select g.n::int, d.consumer_id, d.tx, d.seq
+      from unnest(settle_deliveries.consumers, settle_deliveries.txs, settle_deliveries.seqs, settle_deliveries.tokens)
+        with ordinality as g(consumer_id, tx, seq, token, n)
+      join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token
+      order by d.consumer_id, d.tx, d.seq
+      for update of d skip locked;
+  else
+    return query
+      select g.n::int, d.consumer_id, d.tx, d.seq
+      from unnest(settle_deliveries.consumers, settle_deliveries.txs, settle_deliveries.seqs, settle_deliveries.tokens)
+        with ordinality as g(consumer_id, tx, seq, token, n)
+      join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token
+      order by d.consumer_id, d.tx, d.seq
+      for update of d;
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean)
+ RETURNS bigint[]
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_ids bigint[];
+begin
+  -- Locked in the order of their ids, so that two batches do not deadlock. The token is looked at again after the wait.
+  if settle_jobs.no_wait then
+    with mine as materialized (
+      select j.id
+      from unnest(settle_jobs.ids, settle_jobs.tokens) as s(id, token)
+      join klieo.jobs j on j.id = s.id and j.token = s.token
+      order by j.id
+      for update of j skip locked
+    )
+    select coalesce(array_agg(mine.id), '{}') into v_ids from mine;
+  else
+    with mine as materialized (
+      select j.id
+      from unnest(settle_jobs.ids, settle_jobs.tokens) as s(id, token)
+      join klieo.jobs j on j.id = s.id and j.token = s.token
+      order by j.id
+      for update of j
+    )
+    select coalesce(array_agg(mine.id), '{}') into v_ids from mine;
+  end if;
+  return v_ids;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.window_has_message(lo pg_snapshot, hi pg_snapshot)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ STABLE
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+begin
+  return exists (
+    select from klieo.messages m
+    where m.tx >= pg_snapshot_xmax(lo) and m.tx < pg_snapshot_xmax(hi) and pg_visible_in_snapshot(m.tx, hi)
+  ) or exists (
+    select from klieo.messages m
+    where m.tx = any (array(select pg_snapshot_xip(lo))) and pg_visible_in_snapshot(m.tx, hi)
+  );
+end
+$function$;
+
+comment on column klieo.consumer_offsets.created_at is 'When the durable was made.';
+
+comment on column klieo.consumer_offsets.durable is 'The name.';
+
+comment on column klieo.consumer_offsets.filter is 'The subjects it takes; * is one token, a last > one or more.';
+
+comment on column klieo.consumer_offsets.hi is 'The open window: what hi sees and lo does not is being handed out, in the order (tx, seq); null: no window is open.';
+
+comment on column klieo.consumer_offsets.id is 'Names the durable in deliveries; a durable made anew gets another one.';
+
+comment on column klieo.consumer_offsets.last_active_at is 'When a member last fetched, to within half a minute.';
+
+comment on column klieo.consumer_offsets.lo is 'Whatever this snapshot sees has been handed out.';
+
+comment on column klieo.consumer_offsets.pattern is 'The same as a regular expression.';
+
+comment on column klieo.consumer_offsets.pos_seq is 'And its seq.';
+
+comment on column klieo.consumer_offsets.pos_tx is 'The last message of the open window that was handed out or passed over: its tx.';
+
+comment on column klieo.consumer_offsets.start_seq is 'Messages with a smaller seq are not for it.';
+
+comment on column klieo.consumer_offsets.start_time is 'Messages published earlier are not for it.';
+
+comment on column klieo.consumer_stats.durable is 'The name.';
+
+comment on column klieo.consumer_stats.filter is 'The subjects it takes.';
+
+comment on column klieo.consumer_stats.in_flight is 'Handed out and unsettled, ack wait not over.';
+
+comment on column klieo.consumer_stats.last_active_at is 'When a member last fetched, to within half a minute.';
+
+comment on column klieo.consumer_stats.pending is 'Messages never handed out yet.';
+
+comment on column klieo.consumer_stats.redelivering is 'Waiting to be handed out again.';
+
+comment on column klieo.deliveries.attempt is 'Deliveries so far.';
+
+comment on column klieo.deliveries.consumer_id is 'The durable.';
+
+comment on column klieo.deliveries.final is 'This delivery is the last one allowed: left unsettled, the message goes to the dead-letter subject.';
+
+comment on column klieo.deliveries.seq is 'And its seq.';
+
+comment on column klieo.deliveries.token is 'Random, new with each delivery: only its bearer may settle. Null while nobody holds the message.';
+
+comment on column klieo.deliveries.tx is 'The message: its tx.';
+
+comment on column klieo.deliveries.visible_at is 'When it may be handed out again.';
+
+comment on column klieo.job_details.attempts is 'Claims so far.';
+
+comment on column klieo.job_details.dedup_key is 'Its idempotency key.';
+
+comment on column klieo.job_details.died_at is 'When it became dead.';
+
+comment on column klieo.job_details.enqueued_at is 'When it was enqueued.';
+
+comment on column klieo.job_details.headers is 'Its headers.';
+
+comment on column klieo.job_details.id is 'The job''s id.';
+
+comment on column klieo.job_details.last_error is 'What its last handler said, or why it is dead.';
+
+comment on column klieo.job_details.leased_until is 'The end of its lease; null: nobody holds it.';
+
+comment on column klieo.job_details.max_attempts is 'Claims it may have.';
+
+comment on column klieo.job_details.payload is 'Its payload.';
+
+comment on column klieo.job_details.payload_text is 'The payload as UTF-8 text; null where it is none.';
+
+comment on column klieo.job_details.priority is 'Higher is claimed first.';
+
+comment on column klieo.job_details.queue is 'The queue.';
+
+comment on column klieo.job_details.run_at is 'When it became or becomes due.';
+
+comment on column klieo.job_details.state is 'ready, scheduled, running or dead.';
+
+comment on column klieo.job_details.worker_id is 'Who claimed it last.';
+
+comment on column klieo.jobs.attempts is 'Claims so far.';
+
+comment on column klieo.jobs.dedup_key is 'Its idempotency key; the record is in kv_entries, bucket dedup.<queue>.';
+
+comment on column klieo.jobs.died_at is 'When it became dead; null: it lives.';
+
+comment on column klieo.jobs.enqueued_at is 'When it was enqueued.';
+
+comment on column klieo.jobs.fence is 'Claims ever, also over retries of a dead job: grows with every claim.';
+
+comment on column klieo.jobs.headers is 'Names and values, all strings.';
+
+comment on column klieo.jobs.id is 'The job''s id.';
+
+comment on column klieo.jobs.last_error is 'What its last handler said, or why it is dead.';
+
+comment on column klieo.jobs.max_attempts is 'Claims it may have.';
+
+comment on column klieo.jobs.payload is 'The bytes, at most 8 MiB.';
+
+comment on column klieo.jobs.priority is '-100 to 100; higher is claimed first.';
+
+comment on column klieo.jobs.queue is 'The queue.';
+
+comment on column klieo.jobs.run_at is 'When it became or becomes due, before it was last claimed.';
+
+comment on column klieo.jobs.token is 'Random, new with each claim: only its bearer may settle or extend. Null while nobody holds the job.';
+
+comment on column klieo.jobs.visible_at is 'When it may be claimed: its due time, or the end of its lease.';
+
+comment on column klieo.jobs.worker_id is 'Who claimed it last.';
+
+comment on column klieo.kv_changes.bucket is 'The bucket.';
+
+comment on column klieo.kv_changes.changed_at is 'When.';
+
+comment on column klieo.kv_changes.key is 'The key.';
+
+comment on column klieo.kv_changes.revision is 'The revision the change made.';
+
+comment on column klieo.kv_changes.tx is 'The transaction, as in messages.';
+
+comment on column klieo.kv_changes.value is 'The new value; null: deleted or expired.';
+
+comment on column klieo.kv_entries.bucket is 'The bucket; dedup.<queue> holds the idempotency records of a queue.';
+
+comment on column klieo.kv_entries.expires_at is 'When the entry is absent; null: never. An idempotency record also lives as long as its job.';
+
+comment on column klieo.kv_entries.key is 'The key.';
+
+comment on column klieo.kv_entries.revision is 'Grows with every change of the key; drawn after the row is locked.';
+
+comment on column klieo.kv_entries.tx is 'The transaction that wrote the entry: tells a starting watch what it will see again among the changes.';
+
+comment on column klieo.kv_entries.updated_at is 'When it changed, by the database clock.';
+
+comment on column klieo.kv_entries.value is 'The bytes; null: a tombstone.';
+
+comment on column klieo.kv_leases.bucket is 'The bucket; $klieo holds the leases of the bus itself.';
+
+comment on column klieo.kv_leases.expires_at is 'When it ends, by the database clock.';
+
+comment on column klieo.kv_leases.fence is 'Grows with every grant.';
+
+comment on column klieo.kv_leases.holder is 'The process that holds or held it, for people.';
+
+comment on column klieo.kv_leases.key is 'The key.';
+
+comment on column klieo.kv_leases.token is 'Random, new with each grant: only its bearer may extend or release.';
+
+comment on column klieo.message_details.headers is 'Its headers.';
+
+comment on column klieo.message_details.payload is 'Its payload.';
+
+comment on column klieo.message_details.payload_text is 'The payload as UTF-8 text; null where it is none.';
+
+comment on column klieo.message_details.published_at is 'When it was published.';
+
+comment on column klieo.message_details.seq is 'Its number.';
+
+comment on column klieo.message_details.subject is 'Its subject.';
+
+comment on column klieo.message_ids.expires_at is 'When the id may be used again.';
+
+comment on column klieo.message_ids.msg_id is 'The id.';
+
+comment on column klieo.message_ids.seq is 'The message that was stored.';
+
+comment on column klieo.messages.headers is 'Names and values, all strings.';
+
+comment on column klieo.messages.payload is 'The bytes, at most 8 MiB.';
+
+comment on column klieo.messages.published_at is 'When it was published, by the database clock.';
+
+comment on column klieo.messages.seq is 'Unique, growing in the order of publishing, not of committing.';
+
+comment on column klieo.messages.subject is 'Tokens joined by dots.';
+
+comment on column klieo.messages.tx is 'The publishing transaction (the top one, never a subtransaction): what snapshots are asked about.';
+
+comment on column klieo.meta.key is 'compatible_with: the oldest schema version a client may have been written for.';
+
+comment on column klieo.meta.value is 'The value, as text.';
+
+comment on column klieo.queue_stats.dead is 'Out of attempts or dead-lettered.';
+
+comment on column klieo.queue_stats.oldest_ready_at is 'Since when the longest-waiting claimable job waits.';
+
+comment on column klieo.queue_stats.queue is 'The queue.';
+
+comment on column klieo.queue_stats.ready is 'Claimable now, expired leases included.';
+
+comment on column klieo.queue_stats.running is 'Claimed, lease not over.';
+
+comment on column klieo.queue_stats.scheduled is 'Delayed, or waiting after a failure.';
+
+comment on column klieo.replies.expires_at is 'The request''s deadline: nobody waits after it.';
+
+comment on column klieo.replies.inbox is 'The requesting process.';
+
+comment on column klieo.replies.ok is 'False: the handler failed and payload is its message.';
+
+comment on column klieo.replies.payload is 'The bytes.';
+
+comment on column klieo.replies.request_id is 'The request.';
+
+comment on column klieo.requests.claimed_by is 'The responding process; null: nobody yet.';
+
+comment on column klieo.requests.deadline is 'When the requester stops waiting, by the database clock.';
+
+comment on column klieo.requests.headers is 'Names and values, all strings.';
+
+comment on column klieo.requests.id is 'Chosen by the requester.';
+
+comment on column klieo.requests.inbox is 'The requesting process.';
+
+comment on column klieo.requests.payload is 'The bytes.';
+
+comment on column klieo.requests.subject is 'The subject.';
+
+comment on column klieo.responders.alive_until is 'Behind a pooler, which keeps no lock for a process: live until then. Null: as long as the lock is held.';
+
+comment on column klieo.responders.filter is 'The subjects it answers.';
+
+comment on column klieo.responders.id is 'One responder of a process.';
+
+comment on column klieo.responders.instance_id is 'The process, as its lock names it.';
+
+comment on column klieo.responders.pattern is 'The same as a regular expression.';
+
+comment on table klieo.consumer_offsets is 'The durables, one row each: what has been handed out of the log.';
+
+comment on table klieo.deliveries is 'Messages that are handed out and not settled, or wait to be handed out again.';
+
+comment on table klieo.jobs is 'Jobs that are not done: an acknowledged job is deleted, a dead one stays to be inspected and retried.';
+
+comment on table klieo.kv_changes is 'Every change of every key for ten minutes: what watches read.';
+
+comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone, so that its revisions grow for ever.';
+
+comment on table klieo.kv_leases is 'Leases, apart from the values of their keys. A released lease stays, expired.';
+
+comment on table klieo.message_ids is 'Publishers'' message ids, for two minutes: a second publish with one stores nothing.';
+
+comment on table klieo.messages is 'The log: every published message, append-only, until retention removes it.';
+
+comment on table klieo.meta is 'Facts about this schema.';
+
+comment on table klieo.replies is 'Replies that their requesters have not picked up yet. The primary key lets the first one win.';
+
+comment on table klieo.requests is 'Requests that are not answered yet.';
+
+comment on table klieo.responders is 'Who answers requests. A row counts while its process holds the advisory lock (presence_class(), instance_id), or until alive_until.';
+
+comment on view klieo.consumer_stats is 'A row per durable.';
+
+comment on view klieo.job_details is 'A row per job that still exists.';
+
+comment on view klieo.message_details is 'A row per stored message.';
+
+comment on view klieo.queue_stats is 'A row per queue that holds jobs.';
+
+comment on function klieo.ack_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
+
+comment on function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
+
+comment on function klieo.as_text(payload bytea) is 'The bytes as UTF-8 text; null where they are none.';
+
+comment on function klieo.bury_deliveries(consumer integer, max_messages integer) is 'Publishes on <durable>.dlq what was left unsettled at its last delivery, and forgets it; answers how many. Must not share a transaction with fetch_messages.';
+
+comment on function klieo.bury_jobs(ids bigint[], reason text) is 'Makes jobs, which the caller has locked, dead and publishes their dead letters on <queue>.dlq; a null reason: their attempts are used up.';
+
+comment on function klieo.check_headers(headers jsonb) is 'Raises 22023 unless it is an object of strings with legal names and values.';
+
+comment on function klieo.check_key(bucket text, key text, writing boolean) is 'Raises 22023 unless bucket and key are well-formed, and for writing not those of the bus.';
+
+comment on function klieo.check_name(argument text, name text) is 'Raises 22023 unless it may name a queue or bucket.';
+
+comment on function klieo.check_payload(argument text, payload bytea) is 'Raises 22023 for null and 54000 beyond 8 MiB.';
+
+comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a message may be published there.';
+
+comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
+
+comment on function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean) is 'Makes jobs dead, each for its reason; answers those whose token was still valid.';
+
+comment on function klieo.dedup_lives(bucket text, value bytea) is 'Whether an idempotency record is kept alive by its job.';
+
+comment on function klieo.enqueue(queue text, payload bytea, headers jsonb, dedup_key text, max_attempts integer, run_at timestamp with time zone, priority integer) is 'Enqueues a job in this transaction and answers its id; with a dedup_key that is taken, the id of the first job.';
+
+comment on function klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[]) is 'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
+
+comment on function klieo.extend_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, never shortening one and never waiting; answers the positions of those whose token is still valid.';
+
+comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
+
+comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
+
+comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+
+comment on function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint) is 'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
+
+comment on function klieo.kv_delete(bucket text, key text, expected bigint) is 'Deletes a key, if expected is given only while it is at that revision; answers the revision of the deletion, or null if there was nothing to delete.';
+
+comment on function klieo.kv_expire(max_entries integer) is 'Turns expired entries into tombstones, so that watches see them go; answers how many of which bucket.';
+
+comment on function klieo.kv_get(bucket text, key text) is 'The entry of a key; no row while it is absent.';
+
+comment on function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint) is 'Writes a key, absent again after ttl_ms; answers the new revision.';
+
+comment on function klieo.live_responders(subject text) is 'Whether any live process answers requests on the subject.';
+
+comment on function klieo.nak_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
+
+comment on function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean) is 'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
+
+comment on function klieo.next_job_in_ms(queue text) is 'When the next delayed or running job of the queue becomes claimable; null: there is none.';
+
+comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
+
+comment on function klieo.prune_kv(max_rows integer) is 'Removes changes older than ten minutes and tombstones older than a week; answers how many, of the larger kind.';
+
+comment on function klieo.prune_messages(retention_ms bigint, max_messages integer) is 'Removes messages older than retention_ms that every durable is past and none has in flight; answers how many.';
+
+comment on function klieo.prune_rest(dead_jobs_ms bigint, max_rows integer) is 'Removes old dead jobs, message ids, requests and replies; answers how many, of the largest kind.';
+
+comment on function klieo.publish(subject text, payload bytea, headers jsonb, msg_id text) is 'Publishes a message in this transaction and answers its seq. A second one with the same msg_id within two minutes stores nothing and answers the first one''s.';
+
+comment on function klieo.publish_many(subjects text[], payloads bytea, starts integer[], lengths integer[], headers text[], msg_ids text[]) is 'Stores messages in order and answers a row for each. Payload n is lengths[n] bytes of payloads from starts[n], counted from 1; headers are JSON texts; msg_ids may be null. Checks nothing but sizes: publish() does.';
+
+comment on function klieo.reap_deliveries(max_messages integer) is 'Buries what was left unsettled at its last delivery, where no member fetches; answers how many of which durable.';
+
+comment on function klieo.reap_jobs(max_jobs integer) is 'Buries jobs whose last lease ran out; answers how many of which queue. Claims do the same, so nothing depends on it.';
+
+comment on function klieo.rebase() is 'Makes the log of a restored database deliverable again: nothing acknowledged comes back, nothing undelivered is lost. Answers whether it was needed.';
+
+comment on function klieo.release_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
+
+comment on function klieo.release_jobs(ids bigint[], tokens uuid[]) is 'Makes claimed jobs claimable again at once; the attempt counts.';
+
+comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
+
+comment on function klieo.retry_dead(queue text, id bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
+
+comment on function klieo.settle_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
+
+comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
+
+comment on function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) is 'Whether hi sees any message that lo does not.';

@@ -1,0 +1,84 @@
+import { execFile } from 'node:child_process'
+import { copyFile, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { promisify } from 'node:util'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { databaseUrl, freshSchema } from '../support/server.ts'
+
+const run = promisify(execFile)
+const root = join(import.meta.dirname, '..', '..')
+const tsc = join(root, 'node_modules', 'typescript', 'bin', 'tsc')
+let project: string
+
+/** The package as npm would install it, in a project that knows nothing of this one. */
+beforeAll(async () => {
+  project = await mkdtemp(join(tmpdir(), 'klieo-consumer-'))
+  await run(process.execPath, ['scripts/build.ts'], { cwd: root })
+  const { stdout } = await run('npm', ['pack', '--silent', '--pack-destination', project], { cwd: root })
+  await writeFile(join(project, 'package.json'), JSON.stringify({ name: 'consumer', private: true, type: 'module' }))
+  await run('npm', ['install', '--no-audit', '--no-fund', '--loglevel=error', `./${stdout.trim()}`], { cwd: project })
+}, 120_000)
+
+afterAll(() => rm(project, { recursive: true, force: true }))
+
+test('a plain install brings the runtime dependencies and neither an embedded server nor another backend', async () => {
+  const { dependencies } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { dependencies: Record<string, string> }
+  const installed = await readdir(join(project, 'node_modules'))
+  for (const name of Object.keys(dependencies)) expect(installed).toContain(name)
+  expect(installed.filter((name) => /embedded|nats|vitest|testcontainers|biome|typescript/.test(name))).toEqual([])
+})
+
+test('the package works by its own name, compiled strictly against its declarations', async () => {
+  await copyFile(join(import.meta.dirname, 'consumer.ts'), join(project, 'consumer.ts'))
+  await run('npm', ['install', '--no-audit', '--no-fund', '--loglevel=error', '@types/node@24', '@types/pg'], { cwd: project })
+  const strict = [
+    '--strict',
+    '--module',
+    'nodenext',
+    '--target',
+    'es2024',
+    '--lib',
+    'es2024,esnext.disposable',
+    '--types',
+    'node',
+    '--exactOptionalPropertyTypes',
+  ]
+  await run(process.execPath, [tsc, ...strict, '--outDir', 'out', 'consumer.ts'], { cwd: project }).catch((error: { stdout: string }) => {
+    throw new Error(error.stdout)
+  })
+  const schema = freshSchema()
+  const { stdout } = await run(process.execPath, ['out/consumer.js'], {
+    cwd: project,
+    env: { ...process.env, DATABASE_URL: databaseUrl(), SCHEMA: schema },
+  })
+  expect(JSON.parse(stdout)).toEqual({ worked: ['memory', 'postgres'], seq: 1, refused: 'unsupported', testing: ['function', 'function'] })
+}, 120_000)
+
+test('the command is installed and migrates', async () => {
+  const command = join(project, 'node_modules', '.bin', 'klieo-bus')
+  const env = { ...process.env, DATABASE_URL: databaseUrl() }
+  const schema = freshSchema()
+  const missing = await run(command, ['migrate', '--check', '--schema', schema], { env }).catch(
+    (error: { code: number; stdout: string }) => error,
+  )
+  expect(missing).toMatchObject({ code: 1 })
+  expect((await run(command, ['migrate', '--schema', schema], { env })).stdout).toContain('applied 0001_tables')
+  expect((await run(command, ['migrate', '--check', '--schema', schema], { env })).stdout).toContain('up to date')
+  for (const wrong of [['frob'], [], ['migrate', '--nonsense'], ['migrate', 'more']]) {
+    const error = await run(command, wrong, { env }).catch((failure: { code: number; stderr: string }) => failure)
+    expect(error).toMatchObject({ code: 2 })
+    expect(error.stderr.trim().split('\n')).toHaveLength(1)
+  }
+  const unreachable = await run(command, ['migrate', '--url', 'postgres://127.0.0.1:1/none'], { env }).catch(
+    (error: { code: number; stderr: string }) => error,
+  )
+  expect(unreachable).toMatchObject({ code: 1 })
+  expect(unreachable.stderr).toContain('[connection]')
+})
+
+test('embedded Postgres that is not installed is asked for by name', async () => {
+  const script = `import { startEmbeddedPostgres } from 'klieo-bus/testing'; await startEmbeddedPostgres().catch((error) => console.log(error.code, error.message))`
+  const { stdout } = await run(process.execPath, ['--input-type=module', '--eval', script], { cwd: project })
+  expect(stdout).toMatch(/^unsupported .*npm install/)
+})
