@@ -1,0 +1,506 @@
+/** What is refused before anything is sent, and what is just allowed: P2 and section 7. */
+
+import assert from 'node:assert/strict'
+import type { Bus, Headers, Job, Payload } from '../../core/types.ts'
+import { Reader, rejects, type Suite, sameBytes, sameHeaders, text, timed, unique, within } from './kit.ts'
+
+const LONG_TTL_MS = 60_000
+const MAX_DURATION_MS = 2_147_483_647
+const MIB = 1_048_576
+
+/** Values of the wrong type, for whatever argument; `undefined` and `null` where they have no meaning of their own. */
+const NO_STRINGS: unknown[] = [undefined, null, 1, {}, [], true, Symbol('s'), new String('x')]
+const NO_DURATIONS: unknown[] = [-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, MAX_DURATION_MS + 1, '1', null, {}, 10n, new Date()]
+
+const NO_SUBJECTS = [
+  '',
+  '.',
+  '..',
+  '.a',
+  'a.',
+  'a..b',
+  'a b',
+  ' a',
+  'a ',
+  'a\tb',
+  'a\nb',
+  'a\n',
+  'a\0',
+  'a\x7f',
+  'a\u0085b',
+  'ü',
+  'a.ü',
+  '漢',
+  'a\u00a0b',
+  '\ud800',
+  'x'.repeat(1_025),
+  '$a',
+  '$JS.API',
+  '_INBOX',
+  '_INBOX.a',
+  '_INBOXa',
+]
+const WILD_SUBJECTS = ['*', '>', 'a.*', 'a.>', '*.a', 'a.*.b']
+/** Wildcards that are no tokens of their own, or not where they may be. */
+const NO_FILTERS = ['a*', '*a', 'a.b*', 'a>', '>a', '>.a', 'a.>.b', '**', '>>', '*>', 'a.*b.c']
+
+const NO_DURABLES = ['', 'x'.repeat(129), 'a.b', '.', 'a b', 'a/b', 'a:b', 'ä', 'a\n', '\na', 'a\0', '*', '>', '$a', "'", '"', '\\']
+const NO_DOTTED = [
+  '',
+  'x'.repeat(129),
+  '.',
+  '.a',
+  'a.',
+  'a..b',
+  'a b',
+  'a/b',
+  'a:b',
+  'a=b',
+  'ä',
+  'a\n',
+  'a.\n',
+  'a\0',
+  '*',
+  'a.*',
+  '>',
+  '$a',
+  "'; drop table x; --",
+  '"',
+  '\\',
+]
+const NO_KEYS = ['', 'x'.repeat(513), '.', '.a', 'a.', 'a..b', 'a b', 'a:b', 'ä', 'a\n', '\n', 'a\0', '*', 'a.*', '>', "'", '"', '\\', '$a']
+const NO_IDS = ['', 'x'.repeat(513), 'a\0b', '\0', 'a\ud800', '\udc00a', '\ud83d']
+
+const NO_PAYLOADS: unknown[] = [
+  undefined,
+  null,
+  5,
+  {},
+  [],
+  [1, 2],
+  true,
+  new ArrayBuffer(2),
+  new Uint16Array(1),
+  new DataView(new ArrayBuffer(1)),
+  { length: 1, 0: 1 },
+  10n,
+]
+const NO_HEADERS: unknown[] = [
+  null,
+  'x',
+  5,
+  ['a'],
+  new Map([['a', 'b']]),
+  { '': 'x' },
+  { 'a b': 'x' },
+  { 'a:b': 'x' },
+  { 'a\n': 'x' },
+  { ä: 'x' },
+  { 'a\x7f': 'x' },
+  { a: 'x\r' },
+  { a: '\nx' },
+  { a: 'x\r\ny: z' },
+  { a: '\0' },
+  { a: 5 },
+  { a: undefined },
+  { a: null },
+  { a: ['x'] },
+]
+
+const as = <T>(value: unknown) => value as T
+
+export function argumentTests<Tx>(suite: Suite<Tx>): void {
+  const refuses = async (argument: string | RegExp, values: readonly unknown[], call: (value: never) => Promise<unknown>) => {
+    for (const value of values) {
+      try {
+        await rejects((async () => call(value as never))(), 'invalid_argument', argument)
+      } catch (error) {
+        const shown =
+          typeof value === 'string'
+            ? JSON.stringify(value.slice(0, 40))
+            : typeof value === 'symbol'
+              ? 'a symbol'
+              : String(Object.is(value, null) ? null : Object.prototype.toString.call(value))
+        throw new Error(`${argument} = ${shown}: ${(error as Error).message}`, { cause: error })
+      }
+    }
+  }
+  const drain = async (keys: AsyncIterable<string>) => {
+    for await (const _ of keys);
+  }
+  /** The bus is as it was: nothing came in, and it works. */
+  const unharmed = async (bus: Bus<Tx>, queue: string) => {
+    assert.equal(await bus.jobs.claim(queue, 'w', LONG_TTL_MS), null)
+    await bus.jobs.enqueue(queue, { payload: 'well' })
+    sameBytes((await bus.jobs.claim(queue, 'w', LONG_TTL_MS))!.payload, 'well')
+  }
+
+  suite.group('names', () => {
+    suite.test('P2 what is no subject is refused, by every call that takes one', async (stage) => {
+      const bus = await stage.open()
+      const bad = [...NO_STRINGS, ...NO_SUBJECTS, ...NO_FILTERS]
+      await refuses('subject', [...bad, ...WILD_SUBJECTS], (subject) => bus.pubsub.publish(subject, 'x'))
+      await refuses('subject', [...bad, ...WILD_SUBJECTS], (subject) =>
+        bus.pubsub.publishMany([
+          { subject: 'fine', payload: 'x' },
+          { subject, payload: 'x' },
+        ]),
+      )
+      await refuses('subject', [...bad, ...WILD_SUBJECTS], (subject) => bus.requestReply.request(subject, 'x', { timeoutMs: 1_000 }))
+      await refuses('subject', bad, (subject) => bus.pubsub.subscribe(subject, unique('d')))
+      await refuses('subject', bad, (subject) => bus.requestReply.respond(subject, () => ''))
+      const { reader } = await stage.subscribe(bus, 'fine', unique('d'), { start: 'new' })
+      await reader.nothing(100)
+    })
+
+    suite.test('section 7: what is no durable is refused', async (stage) => {
+      const bus = await stage.open()
+      await refuses('durable', [...NO_STRINGS, ...NO_DURABLES], (durable) => bus.pubsub.subscribe('a', durable))
+      await refuses('durable', [...NO_STRINGS, ...NO_DURABLES], (durable) => bus.pubsub.deleteDurable(durable))
+      for (const durable of [unique('d').padEnd(128, 'x'), `_${unique('d')}`, `-${unique('D')}`]) {
+        await (await bus.pubsub.subscribe('a', durable)).close()
+        await bus.pubsub.deleteDurable(durable)
+      }
+    })
+
+    suite.test('section 7: what is no queue is refused', async (stage) => {
+      const bus = await stage.open()
+      const bad = [...NO_STRINGS, ...NO_DOTTED]
+      await refuses('queue', bad, (queue) => bus.jobs.enqueue(queue, { payload: 'x' }))
+      await refuses('queue', bad, (queue) => bus.jobs.enqueueMany(queue, [{ payload: 'x' }]))
+      await refuses('queue', bad, (queue) => bus.jobs.claim(queue, 'w', LONG_TTL_MS))
+      await refuses('queue', bad, (queue) => bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit: 1 }))
+      for (const queue of [unique('q').padEnd(128, 'x'), `${unique('q')}.a.b-c_D.0`]) await unharmed(bus, queue)
+    })
+
+    suite.test('section 7: what is no bucket is refused', async (stage) => {
+      const bus = await stage.open()
+      const bad = [...NO_STRINGS, ...NO_DOTTED]
+      await refuses('bucket', bad, (bucket) => bus.kv.get(bucket, 'k'))
+      await refuses('bucket', bad, (bucket) => bus.kv.put(bucket, 'k', 'x'))
+      await refuses('bucket', bad, (bucket) => bus.kv.cas(bucket, 'k', 'x', null))
+      await refuses('bucket', bad, (bucket) => bus.kv.delete(bucket, 'k'))
+      await refuses('bucket', bad, (bucket) => drain(bus.kv.keys(bucket)))
+      await refuses('bucket', bad, (bucket) => bus.kv.lease(bucket, 'k', LONG_TTL_MS))
+      if (bus.supports.watch) await refuses('bucket', bad, (bucket) => bus.kv.watch(bucket))
+      for (const bucket of [unique('b').padEnd(128, 'x'), `${unique('b')}.a.b-c_D.0`]) {
+        await bus.kv.put(bucket, 'k', 'x')
+        sameBytes((await bus.kv.get(bucket, 'k'))!.value, 'x')
+      }
+    })
+
+    suite.test('section 7: what is no key is refused', async (stage) => {
+      const bus = await stage.open()
+      const bucket = unique('b')
+      const bad = [...NO_STRINGS, ...NO_KEYS]
+      await refuses('key', bad, (key) => bus.kv.get(bucket, key))
+      await refuses('key', bad, (key) => bus.kv.put(bucket, key, 'x'))
+      await refuses('key', bad, (key) => bus.kv.cas(bucket, key, 'x', null))
+      await refuses('key', bad, (key) => bus.kv.delete(bucket, key))
+      await refuses('key', bad, (key) => bus.kv.lease(bucket, key, LONG_TTL_MS))
+      for await (const key of bus.kv.keys(bucket)) assert.fail(`nothing was written, but ${key} is there`)
+    })
+
+    suite.test('section 7: what is no filter of keys is refused', async (stage) => {
+      const bus = await stage.open()
+      const bucket = unique('b')
+      const bad = [1, {}, null, 'a..b', '.a', 'a.', 'a b', '>.a', 'a.>.b', 'a*', 'ä', 'a\0']
+      await refuses('filter', bad, (filter) => drain(bus.kv.keys(bucket, filter)))
+      if (bus.supports.watch) await refuses('filter', bad, (filter) => bus.kv.watch(bucket, filter))
+    })
+
+    suite.test('section 7: ids are 1 to 512 characters without NUL and lone surrogates', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const subject = unique('p')
+      const bad = [...NO_STRINGS.slice(1), ...NO_IDS]
+      await refuses('dedupKey', bad, (dedupKey) => bus.jobs.enqueue(queue, { payload: 'x', dedupKey }))
+      await refuses('dedupKey', bad, (dedupKey) => bus.jobs.enqueueMany(queue, [{ payload: 'x' }, { payload: 'x', dedupKey }]))
+      await refuses('msgId', bad, (msgId) => bus.pubsub.publish(subject, 'x', { msgId }))
+      await refuses('msgId', bad, (msgId) => bus.pubsub.publishMany([{ subject, payload: 'x', msgId }]))
+      await refuses('workerId', [undefined, ...bad], (workerId) => bus.jobs.claim(queue, workerId, LONG_TTL_MS))
+      await refuses('workerId', [undefined, ...bad], (workerId) => bus.jobs.claimMany(queue, workerId, LONG_TTL_MS, { limit: 1 }))
+      await refuses('key', [undefined, ...bad], (key) => bus.kv.get(`dedup.${queue}`, key))
+      await unharmed(bus, queue)
+      const long = `${unique('id')} \u{1f600} \n`.padEnd(512, 'x')
+      await bus.jobs.enqueue(queue, { payload: 'x', dedupKey: long })
+      await bus.pubsub.publish(subject, 'x', { msgId: long })
+      assert.ok(await bus.jobs.claim(queue, long, LONG_TTL_MS))
+      const { next, nothing } = await stage.subscribe(bus, subject, unique('d'))
+      await next()
+      await nothing(100)
+    })
+  })
+
+  suite.group('sizes', () => {
+    suite.test('section 7: what is no payload is refused', async (stage) => {
+      const bus = await stage.open()
+      const [queue, bucket, subject] = [unique('q'), unique('b'), unique('p')]
+      await refuses('payload', NO_PAYLOADS, (payload) => bus.pubsub.publish(subject, payload))
+      await refuses('payload', NO_PAYLOADS, (payload) => bus.pubsub.publishMany([{ subject, payload }]))
+      await refuses('payload', NO_PAYLOADS, (payload) => bus.jobs.enqueue(queue, { payload }))
+      await refuses('payload', NO_PAYLOADS, (payload) => bus.jobs.enqueueMany(queue, [{ payload: 'x' }, { payload }]))
+      await refuses('payload', NO_PAYLOADS, (payload) => bus.requestReply.request(subject, payload, { timeoutMs: 1_000 }))
+      await refuses(/value|payload/, NO_PAYLOADS, (value) => bus.kv.put(bucket, 'k', value))
+      await refuses(/value|payload/, NO_PAYLOADS, (value) => bus.kv.cas(bucket, 'k', value, null))
+      await unharmed(bus, queue)
+    })
+
+    suite.test('section 7: payloads of 1 MiB pass, one byte more is payload_too_large', async (stage) => {
+      const bus = await stage.open()
+      const [queue, bucket, subject] = [unique('q'), unique('b'), unique('p')]
+      const largest = new Uint8Array(MIB).fill(7)
+      const { next, nothing } = await stage.subscribe(bus, subject, unique('d'))
+      await bus.requestReply.respond(subject, ({ payload }) => `${payload.length}`)
+      const writes: Record<string, (payload: Payload) => Promise<unknown>> = {
+        publish: (payload) => bus.pubsub.publish(subject, payload),
+        publishMany: (payload) =>
+          bus.pubsub.publishMany([
+            { subject, payload: 'small' },
+            { subject, payload },
+          ]),
+        enqueue: (payload) => bus.jobs.enqueue(queue, { payload }),
+        enqueueMany: (payload) => bus.jobs.enqueueMany(queue, [{ payload }]),
+        put: (payload) => bus.kv.put(bucket, 'k', payload),
+        cas: (payload) => bus.kv.cas(bucket, 'cas', payload, null),
+        request: (payload) => bus.requestReply.request(subject, payload, { timeoutMs: 8_000 }),
+      }
+      for (const write of Object.values(writes)) {
+        await rejects(write(new Uint8Array(MIB + 1)), 'payload_too_large')
+        await rejects(write('x'.repeat(MIB + 1)), 'payload_too_large')
+        await rejects(write('ä'.repeat(MIB / 2 + 1)), 'payload_too_large')
+      }
+      await nothing(100)
+      assert.equal(await bus.jobs.claim(queue, 'w', LONG_TTL_MS), null)
+      for (const [name, write] of Object.entries(writes)) await within(write(largest), 8_000, name)
+      for (const size of [MIB, 5, MIB]) assert.equal((await next()).payload.length, size)
+      const jobs = await bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit: 5 })
+      assert.deepEqual(
+        jobs.map(({ payload }) => payload.length),
+        [MIB, MIB],
+      )
+      sameBytes((await bus.kv.get(bucket, 'k'))!.value, largest)
+      sameBytes((await bus.kv.get(bucket, 'cas'))!.value, largest)
+    })
+
+    suite.test('section 7: a far too large payload is refused fast', async (stage) => {
+      const bus = await stage.open()
+      const huge = new Uint8Array(100 * MIB)
+      const ms = await timed(() => rejects(bus.pubsub.publish(unique('p'), huge), 'payload_too_large'))
+      assert.ok(ms < 1_000, `took ${ms} ms`)
+    })
+
+    suite.test('section 7: maxPayloadBytes is the limit of its own handle', async (stage) => {
+      const [small, large, other] = [
+        await stage.open({ maxPayloadBytes: 10 }),
+        await stage.open({ maxPayloadBytes: 8 * MIB }),
+        await stage.open(),
+      ]
+      const subject = unique('p')
+      await small.pubsub.publish(subject, '0123456789')
+      await rejects(small.pubsub.publish(subject, '0123456789a'), 'payload_too_large')
+      await rejects(small.pubsub.publish(subject, 'äöüäöü'), 'payload_too_large')
+      await large.pubsub.publish(subject, new Uint8Array(8 * MIB))
+      await rejects(large.pubsub.publish(subject, new Uint8Array(8 * MIB + 1)), 'payload_too_large')
+      for (const handle of [small, other]) {
+        const { reader } = await stage.subscribe(handle, subject, unique('d'))
+        assert.deepEqual(
+          (await reader.take(2)).map(({ payload }) => payload.length),
+          [10, 8 * MIB],
+        )
+      }
+    })
+
+    suite.test('section 7: maxPayloadBytes is at most 8 MiB', async (stage) => {
+      await refuses('maxPayloadBytes', [8 * MIB + 1, -1, 0.5, Number.NaN, '1', null], (maxPayloadBytes) => stage.open({ maxPayloadBytes }))
+    })
+
+    suite.test('section 7: what are no headers is refused', async (stage) => {
+      const bus = await stage.open()
+      const [queue, subject] = [unique('q'), unique('p')]
+      await refuses('headers', NO_HEADERS, (headers) => bus.pubsub.publish(subject, 'x', { headers }))
+      await refuses('headers', NO_HEADERS, (headers) => bus.pubsub.publishMany([{ subject, payload: 'x', headers }]))
+      await refuses('headers', NO_HEADERS, (headers) => bus.jobs.enqueue(queue, { payload: 'x', headers }))
+      await refuses('headers', NO_HEADERS, (headers) => bus.requestReply.request(subject, 'x', { timeoutMs: 1_000, headers }))
+      await unharmed(bus, queue)
+    })
+
+    suite.test('section 7: headers of 64 KiB together pass, one byte more does not', async (stage) => {
+      const bus = await stage.open()
+      const [queue, subject] = [unique('q'), unique('p')]
+      const largest: Headers = { a: 'ä'.repeat(16_384 / 2), b: 'x'.repeat(65_536 - 16_384 - 2) }
+      const beyond: Headers = { ...largest, b: `${largest.b}x` }
+      await bus.jobs.enqueue(queue, { payload: 'x', headers: largest })
+      sameHeaders((await bus.jobs.claim(queue, 'w', LONG_TTL_MS))!.headers, largest)
+      await bus.pubsub.publish(subject, 'x', { headers: largest })
+      const { next } = await stage.subscribe(bus, subject, unique('d'))
+      sameHeaders((await next()).headers, largest)
+      await refuses('headers', [beyond], (headers) => bus.jobs.enqueue(queue, { payload: 'x', headers }))
+      await refuses('headers', [beyond], (headers) => bus.pubsub.publish(subject, 'x', { headers }))
+      await refuses('headers', [beyond], (headers) => bus.requestReply.request(subject, 'x', { timeoutMs: 1_000, headers }))
+    })
+  })
+
+  suite.group('numbers and options', () => {
+    suite.test('section 7: durations are integers from 0 to 2,147,483,647', async (stage) => {
+      const bus = await stage.open()
+      const [queue, bucket, subject] = [unique('q'), unique('b'), unique('p')]
+      await refuses('ackWaitMs', NO_DURATIONS, (ackWaitMs) => bus.pubsub.subscribe(subject, unique('d'), { ackWaitMs }))
+      await refuses('timeoutMs', [undefined, ...NO_DURATIONS], (timeoutMs) => bus.requestReply.request(subject, 'x', { timeoutMs }))
+      await refuses('ttlMs', NO_DURATIONS, (ttlMs) => bus.kv.put(bucket, 'k', 'x', { ttlMs }))
+      await refuses('ttlMs', NO_DURATIONS, (ttlMs) => bus.kv.cas(bucket, 'k', 'x', null, { ttlMs }))
+      await refuses('ttlMs', [undefined, ...NO_DURATIONS], (ttlMs) => bus.kv.lease(bucket, 'k', ttlMs))
+      await refuses('waitMs', NO_DURATIONS, (waitMs) => bus.kv.lease(bucket, 'k', 1_000, { waitMs }))
+      await refuses('delayMs', NO_DURATIONS, (delayMs) => bus.jobs.enqueue(queue, { payload: 'x', delayMs }))
+      await refuses('leaseTtlMs', [undefined, ...NO_DURATIONS], (ttl) => bus.jobs.claim(queue, 'w', ttl))
+      await refuses('leaseTtlMs', [undefined, ...NO_DURATIONS], (ttl) => bus.jobs.claimMany(queue, 'w', ttl, { limit: 1 }))
+      await refuses('waitMs', NO_DURATIONS, (waitMs) => bus.jobs.claim(queue, 'w', 1_000, { waitMs }))
+      await refuses('waitMs', NO_DURATIONS, (waitMs) => bus.jobs.claimMany(queue, 'w', 1_000, { limit: 1, waitMs }))
+      assert.equal(await bus.kv.get(bucket, 'k'), null)
+      await unharmed(bus, queue)
+      await bus.kv.lease(bucket, 'k', 1_000)
+    })
+
+    suite.test('section 7: the longest durations mean what they say', async (stage) => {
+      const bus = await stage.open()
+      const [queue, bucket, subject] = [unique('q'), unique('b'), unique('p')]
+      await bus.jobs.enqueueMany(queue, [
+        { payload: 'later', delayMs: MAX_DURATION_MS },
+        { payload: 'now', delayMs: 0 },
+      ])
+      const job = await bus.jobs.claim(queue, 'w', MAX_DURATION_MS)
+      assert.equal(text(job!.payload), 'now')
+      const lease = await bus.kv.lease(bucket, 'k', MAX_DURATION_MS)
+      await bus.kv.put(bucket, 'k', 'x', { ttlMs: MAX_DURATION_MS })
+      await bus.requestReply.respond(subject, () => 'reply')
+      sameBytes(await bus.requestReply.request(subject, 'x', { timeoutMs: MAX_DURATION_MS }), 'reply')
+      const { next, nothing } = await stage.subscribe(bus, subject, unique('d'), { ackWaitMs: MAX_DURATION_MS })
+      await bus.pubsub.publishMany([
+        { subject, payload: '1' },
+        { subject, payload: '2' },
+      ])
+      await (await next()).nak(MAX_DURATION_MS)
+      const held = await next()
+      await nothing()
+      assert.equal(await bus.jobs.claim(queue, 'w', LONG_TTL_MS, { waitMs: 100 }), null)
+      assert.deepEqual([job!.lease.signal.aborted, lease.signal.aborted], [false, false])
+      await held.extend()
+      await held.ack()
+      await job!.heartbeat()
+      await job!.nak(MAX_DURATION_MS)
+      assert.equal(await bus.jobs.claim(queue, 'w', LONG_TTL_MS), null)
+      await lease.heartbeat()
+      assert.ok(await bus.kv.get(bucket, 'k'))
+    })
+
+    suite.test('section 7: what is no job is refused', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const cases: Record<string, unknown[]> = {
+        maxAttempts: [0, -1, 1.5, Number.NaN, '3', null, Number.POSITIVE_INFINITY],
+        priority: [-101, 101, 0.5, Number.NaN, '1', null],
+        runAt: [new Date(Number.NaN), '2030-01-01', 0, null, {}],
+      }
+      for (const [argument, values] of Object.entries(cases)) {
+        await refuses(argument, values, (value) => bus.jobs.enqueue(queue, { payload: 'x', [argument]: value }))
+        await refuses(argument, values, (value) => bus.jobs.enqueueMany(queue, [{ payload: 'x' }, { payload: 'x', [argument]: value }]))
+      }
+      await refuses(/job|payload/, [undefined, null, 'x', 1, {}], (job) => bus.jobs.enqueue(queue, job))
+      await refuses(/jobs?|payload/, [undefined, null, 'x', {}, [null], [{}]], (jobs) => bus.jobs.enqueueMany(queue, jobs))
+      await refuses('limit', [undefined, 0, -1, 1.5, Number.NaN, '1'], (limit) => bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit }))
+      await unharmed(bus, queue)
+    })
+
+    suite.test('section 7: the ends of the ranges of a job are within them', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const extremes: Job[] = [
+        { payload: '', maxAttempts: 1 },
+        { payload: '', runAt: new Date(8.64e15) },
+      ]
+      if (bus.supports.priorities) extremes.push({ payload: '', priority: -100 }, { payload: '', priority: 100 })
+      const ids = await bus.jobs.enqueueMany(queue, extremes)
+      const jobs = await bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit: 10 })
+      assert.equal(jobs.length, ids.length - 1)
+      assert.ok(jobs.every(({ id }) => id !== ids[1]))
+    })
+
+    suite.test('section 7: what are no options of a subscription is refused, and makes no durable', async (stage) => {
+      const bus = await stage.open()
+      const durable = unique('d')
+      const counts = [0, -1, 1.5, Number.NaN, '1', null]
+      for (const argument of ['maxDeliver', 'maxAckPending', 'maxInFlight']) {
+        await refuses(argument, counts, (value) => bus.pubsub.subscribe('a', durable, { [argument]: value }))
+      }
+      await refuses(
+        'start',
+        [
+          'old',
+          {},
+          null,
+          5,
+          { seq: -1 },
+          { seq: 1.5 },
+          { seq: '1' },
+          { time: 'x' },
+          { time: new Date(Number.NaN) },
+          { seq: 1, time: new Date() },
+        ],
+        (start) => bus.pubsub.subscribe('a', durable, { start }),
+      )
+      await refuses('signal', [{}, 'x', null], (signal) => bus.pubsub.subscribe('a', durable, { signal }))
+      await rejects(bus.pubsub.deleteDurable(durable), 'not_found')
+    })
+
+    suite.test('section 7: what is no revision is refused', async (stage) => {
+      const bus = await stage.open()
+      const bucket = unique('b')
+      const revision = await bus.kv.put(bucket, 'k', 'x')
+      const bad = [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, '1', {}]
+      await refuses('expected', [undefined, ...bad], (expected) => bus.kv.cas(bucket, 'k', 'y', expected))
+      await refuses('expected', bad, (expected) => bus.kv.delete(bucket, 'k', { expected }))
+      assert.equal((await bus.kv.get(bucket, 'k'))?.revision, revision)
+    })
+
+    suite.test('section 7: what is no handler, no signal and no batch is refused', async (stage) => {
+      const bus = await stage.open()
+      const [queue, bucket, subject] = [unique('q'), unique('b'), unique('r')]
+      await refuses('handler', [undefined, null, 'x', {}], (handler) => bus.requestReply.respond(subject, handler))
+      await refuses('concurrency', [0, -1, 1.5, Number.NaN, '1'], (concurrency) =>
+        bus.requestReply.respond(subject, () => '', { concurrency }),
+      )
+      await rejects(bus.requestReply.request(subject, 'x', { timeoutMs: 1_000 }), 'not_found')
+      await refuses('messages', [undefined, null, 'x', {}], (messages) => bus.pubsub.publishMany(messages))
+      const noSignals = [{}, 'x', null]
+      await refuses('signal', noSignals, (signal) => bus.jobs.claim(queue, 'w', LONG_TTL_MS, { signal }))
+      await refuses('signal', noSignals, (signal) => bus.kv.lease(bucket, 'k', LONG_TTL_MS, { signal }))
+      await refuses('signal', noSignals, (signal) => bus.requestReply.request(subject, 'x', { timeoutMs: 1_000, signal }))
+      if (bus.supports.watch) await refuses('signal', noSignals, (signal) => bus.kv.watch(bucket, '>', { signal }))
+      await bus.kv.lease(bucket, 'k', 1_000)
+    })
+
+    suite.test('section 7: unknown queues, durables and buckets are empty, not errors', async (stage) => {
+      const bus = await stage.open()
+      assert.equal(await bus.jobs.claim(unique('q'), 'w', LONG_TTL_MS), null)
+      assert.equal(await bus.kv.get(unique('b'), 'k'), null)
+      await bus.kv.delete(unique('b'), 'k')
+      await drain(bus.kv.keys(unique('b')))
+      await new Reader(await bus.pubsub.subscribe(unique('p'), unique('d'))).nothing(100)
+    })
+
+    suite.test('section 7: errors name the argument and not its value, which may be secret', async (stage) => {
+      const bus = await stage.open()
+      const secret = 'a secret, and no name'
+      for (const call of [
+        () => bus.kv.get('b', secret),
+        () => bus.jobs.enqueue(secret, { payload: 'x' }),
+        () => bus.pubsub.publish(secret, 'x'),
+        () => bus.pubsub.publish('a', 'x', { headers: { a: `${secret}\n` } }),
+        () => bus.pubsub.publish('a', as<string>({ secret })),
+      ]) {
+        const error = await rejects(call(), 'invalid_argument')
+        assert.ok(!error.message.includes('secret'), error.message)
+      }
+    })
+  })
+}
