@@ -58,8 +58,8 @@ export class MemoryPubsub implements Pubsub {
     const subscription = checkSubscription(subject, options)
     checkSignal(options.signal)
     const { store, messagesMs } = this.#context
-    // The caller's Date may change before the turn comes.
-    const start = typeof subscription.start === 'object' ? { ...subscription.start } : subscription.start
+    // The caller's objects may change before the turn comes.
+    const start = structuredClone(subscription.start)
     await store.turn()
     this.#context.checkOpen()
     const found = store.log.durable(durable, subject, start, messagesMs)

@@ -169,6 +169,7 @@ class MemoryResponder implements Responder {
       answer = () => call.fail(new BusError('handler_failed', errorText(error)))
     }
     await store.turn()
-    if (!isClosed()) answer()
+    // An answer to the abort at the deadline comes too late, too.
+    if (!isClosed() && !call.isOver()) answer()
   }
 }
