@@ -86,15 +86,14 @@ async function makeClusterAt(dataDir: string, request: ClusterRequest): Promise<
   } catch (error) {
     await rm(beside, { recursive: true, force: true })
     await refuseRunning(dataDir)
-    throw new BusError(
-      'conflict',
-      `startEmbeddedPostgres: cannot make the dataDir ${dataDir}, somebody else did meanwhile: ${(error as Error).message}`,
-      {
-        cause: error,
-      },
-    )
+    const { code, message } = error as NodeJS.ErrnoException
+    const why =
+      code === 'ENOTEMPTY' || code === 'EEXIST'
+        ? 'somebody else made it meanwhile; try again'
+        : `${message}; name a new directory inside it`
+    throw new BusError('conflict', `startEmbeddedPostgres: cannot make the dataDir ${dataDir}: ${why}`, { cause: error })
   }
-  await supervision.request({ do: 'guard', remove: keep ? null : dataDir })
+  await supervision.request({ do: 'guard', remove: keep ? [] : [dataDir] })
   return realpath(dataDir)
 }
 
@@ -103,7 +102,7 @@ async function makeCluster({ account, binaries, supervision }: ClusterRequest, d
   const password = randomBytes(18).toString('base64url')
   const passwordDir = await mkdtemp(join((await temporaryPlaces(account))[0]!, 'klieo-init-'))
   try {
-    await supervision.request({ do: 'guard', remove: keep ? null : dataDir })
+    await supervision.request({ do: 'guard', remove: [passwordDir, ...(keep ? [] : [dataDir])] })
     await own(account, dataDir)
     if (!(await canEnter(account, dataDir))) throw closedDirectory(dataDir, account)
     await own(account, passwordDir)
@@ -124,10 +123,11 @@ async function makeCluster({ account, binaries, supervision }: ClusterRequest, d
     await writeOwn(account, join(dataDir, PASSWORD_FILE), `${password}\n`)
     await writeOwn(account, join(dataDir, SETTINGS_FILE), '')
     await appendFile(join(dataDir, 'postgresql.conf'), `\n# Written anew at every start:\ninclude '${SETTINGS_FILE}'\n`)
-    return password
   } finally {
     await rm(passwordDir, { recursive: true, force: true })
   }
+  await supervision.request({ do: 'guard', remove: keep ? [] : [dataDir] })
+  return password
 }
 
 /**

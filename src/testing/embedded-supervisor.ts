@@ -22,7 +22,7 @@ export interface Identity {
 
 /** What the other side asks for, a JSON line each. Every one is answered by the {@link Answer} with its id. */
 export type Command = { readonly id: number } & (
-  | { readonly do: 'guard'; readonly remove: string | null }
+  | { readonly do: 'guard'; readonly remove: readonly string[] }
   | { readonly do: 'run'; readonly file: string; readonly args: readonly string[]; readonly as: Identity }
   | { readonly do: 'start'; readonly file: string; readonly dataDir: string; readonly as: Identity }
   | { readonly do: 'stop'; readonly signal: NodeJS.Signals }
@@ -58,8 +58,8 @@ const ORPHANS_MAY_TAKE_MS = 2_000
 const MAX_UNSENT_BYTES = 4_000_000
 
 let server: Server | undefined
-/** Removed at the end. */
-let removable: string | undefined
+/** Removed at the end: a throw-away data directory, and what is unfinished. */
+let removable: readonly string[] = []
 let ending: Promise<void> | undefined
 /** An initdb that is under way. */
 const running = new Set<{ process: ChildProcess; closed: Promise<unknown> }>()
@@ -149,15 +149,29 @@ async function crash(): Promise<void> {
   crashed.process.kill('SIGSTOP')
   const children = childrenOf(crashed.process.pid!)
   crashed.process.kill('SIGKILL')
-  if (await within(crashed.gone, ORPHANS_MAY_TAKE_MS)) return
-  for (const pid of children) {
-    try {
-      process.kill(pid, 'SIGKILL')
-    } catch {
-      // Gone meanwhile.
+  if (!(await within(crashed.gone, ORPHANS_MAY_TAKE_MS))) {
+    for (const pid of children) {
+      try {
+        process.kill(pid, 'SIGKILL')
+      } catch {
+        // Gone meanwhile.
+      }
     }
+    await crashed.gone
   }
-  await crashed.gone
+  // A process closes its files a little before it is gone, and a lock or a port may be looked at right after this.
+  const deadline = performance.now() + ORPHANS_MAY_TAKE_MS
+  while (children.some(exists) && performance.now() < deadline) await new Promise((resolve) => setTimeout(resolve, 2))
+}
+
+/** A zombie counts as gone: where the first process of a container does not bury the dead they stay for ever. */
+function exists(pid: number): boolean {
+  try {
+    process.kill(pid, 0)
+    return process.platform !== 'linux' || !/\) [ZX]/.test(readFileSync(`/proc/${pid}/stat`, 'latin1'))
+  } catch {
+    return false
+  }
 }
 
 function childrenOf(parent: number): number[] {
@@ -216,9 +230,9 @@ function end(signal: NodeJS.Signals): Promise<void> {
       await closed
     }
     await stop(signal)
-    if (removable) {
-      removeSharedMemory(removable)
-      await rm(removable, { recursive: true, force: true, maxRetries: 5, retryDelay: 100 })
+    for (const path of removable) {
+      removeSharedMemory(path)
+      await rm(path, { recursive: true, force: true, maxRetries: 5, retryDelay: 100 })
     }
   })()
   return ending
@@ -228,7 +242,7 @@ async function obey(command: Command): Promise<Omit<Answer, 'id'>> {
   if (ending && command.do !== 'end') throw new Error('the supervisor is ending')
   switch (command.do) {
     case 'guard':
-      removable = command.remove ?? undefined
+      removable = command.remove
       return {}
     case 'run':
       return run(command.file, command.args, command.as)
@@ -248,7 +262,7 @@ async function obey(command: Command): Promise<Omit<Answer, 'id'>> {
 
 async function leave(): Promise<void> {
   // A cluster that is kept is worth a checkpoint.
-  await end(removable ? 'SIGQUIT' : 'SIGINT').catch(() => {})
+  await end(removable.length > 0 ? 'SIGQUIT' : 'SIGINT').catch(() => {})
   process.exit(0)
 }
 
