@@ -15,16 +15,22 @@
  */
 
 import { argumentTests } from './arguments.ts'
+import { dedupTests } from './dedup.ts'
 import { deliveryTests } from './delivery.ts'
+import { durableTests } from './durables.ts'
 import { jobEndingTests } from './job-endings.ts'
 import { jobTests } from './jobs.ts'
 import { type ConformanceHarness, type ConformanceRunner, Suite } from './kit.ts'
 import { kvTests } from './kv.ts'
 import { leaseTests } from './leases.ts'
 import { lifecycleTests } from './lifecycle.ts'
+import { nameTests } from './names.ts'
 import { pubsubTests } from './pubsub.ts'
 import { requestReplyTests } from './request-reply.ts'
+import { transactionalSettlementTests } from './settlement-in-transactions.ts'
+import { streamTests } from './streams.ts'
 import { transactionTests } from './transactions.ts'
+import { watchTests } from './watch.ts'
 import { workerTests } from './worker.ts'
 
 export type { CallersTransaction, ConformanceHarness, ConformanceRunner } from './kit.ts'
@@ -34,14 +40,20 @@ export function conformance<Tx = never>(runner: ConformanceRunner, harness: Conf
   const suite = new Suite(runner, harness)
   runner.describe(`conformance of ${harness.name}`, () => {
     pubsubTests(suite)
+    durableTests(suite)
     deliveryTests(suite)
+    streamTests(suite)
     requestReplyTests(suite)
     kvTests(suite)
+    watchTests(suite)
     leaseTests(suite)
     jobTests(suite)
+    dedupTests(suite)
     jobEndingTests(suite)
     workerTests(suite)
     transactionTests(suite)
+    transactionalSettlementTests(suite)
+    nameTests(suite)
     argumentTests(suite)
     lifecycleTests(suite)
   })

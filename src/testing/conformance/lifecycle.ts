@@ -4,12 +4,9 @@ import assert from 'node:assert/strict'
 import { BusError } from '../../core/errors.ts'
 import type { Bus, KvChange } from '../../core/types.ts'
 import { pause, Reader, rejects, type Suite, sameBytes, text, unique, within } from './kit.ts'
+import { drain } from './refusals.ts'
 
 const LONG_TTL_MS = 60_000
-
-async function drain(iterable: AsyncIterable<unknown>): Promise<void> {
-  for await (const _ of iterable);
-}
 
 /** Every call of the interfaces, with arguments that would do. */
 function calls<Tx>(bus: Bus<Tx>): Record<string, () => Promise<unknown>> {
