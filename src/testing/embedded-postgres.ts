@@ -6,7 +6,7 @@
  * killed too do a server or a directory `klieo-data-*` stay behind.
  */
 
-import { createServer } from 'node:net'
+import { createServer, Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import { BusError, checkFunction, checkInteger, checkOptions, closedError, invalid } from '../core/index.ts'
@@ -197,14 +197,15 @@ class Server implements EmbeddedPostgres {
    */
   async #ready(): Promise<boolean> {
     const deadline = performance.now() + READY_WITHIN_MS
+    const { serverGone } = this.#supervision
     let ended = false
-    this.#supervision.serverGone.then(() => {
+    serverGone.then(() => {
       ended = true
     })
     let last: unknown
     while (!ended) {
       try {
-        this.#version = await versionOf(this.connectionString)
+        this.#version = await versionOf(this.connectionString, serverGone)
         return true
       } catch (error) {
         last = error
@@ -222,10 +223,14 @@ class Server implements EmbeddedPostgres {
   }
 }
 
-async function versionOf(connectionString: string): Promise<string> {
+/** @param gone gives up at once: a stranger on the port may take the connection and never say a word */
+async function versionOf(connectionString: string, gone: Promise<void>): Promise<string> {
+  const socket = new Socket()
   // Said out loud, because PGSSLMODE and PGOPTIONS may be set for another server.
-  const client = new pg.Client({ connectionString, ssl: false, options: '', connectionTimeoutMillis: 5_000 })
+  const own = { ssl: false, options: '', stream: () => socket }
+  const client = new pg.Client({ connectionString, ...own, connectionTimeoutMillis: 5_000 })
   client.on('error', () => {})
+  gone.then(() => socket.destroy())
   try {
     await client.connect()
     const { rows } = await client.query<{ server_version: string }>('show server_version')

@@ -1,13 +1,13 @@
-import type { Reporter, TestModule } from 'vitest/node'
+import type { Reporter, TestModule, TestRunEndReason } from 'vitest/node'
 
 /**
  * One line at the end that a script can read: `N passed, N failed`, and `, N skipped` when there are any.
  *
- * A file that could not be loaded, a hook that failed and an error outside of any test count as one failure each: none of
- * them is a failed test, and without them a broken run would read "0 failed".
+ * A file that could not be loaded, a hook or the setup that failed and an error outside of any test count as one failure each:
+ * none of them is a failed test, and without them a broken run would read "0 failed".
  */
 export class SummaryReporter implements Reporter {
-  onTestRunEnd(modules: readonly TestModule[], unhandledErrors: readonly unknown[]): void {
+  onTestRunEnd(modules: readonly TestModule[], unhandledErrors: readonly unknown[], reason: TestRunEndReason): void {
     let passed = 0
     let failed = unhandledErrors.length
     let skipped = 0
@@ -22,6 +22,7 @@ export class SummaryReporter implements Reporter {
       if (!module.ok() && failedHere === 0) failedHere = 1
       failed += failedHere
     }
+    if (reason === 'failed' && failed === 0) failed = 1
     process.stdout.write(`${passed} passed, ${failed} failed${skipped > 0 ? `, ${skipped} skipped` : ''}\n`)
   }
 }
