@@ -27,7 +27,6 @@ export class Supervision {
   #failure: BusError | undefined
   #tail: string[] = []
   #serverGone = Promise.withResolvers<void>()
-  #serverPid: number | undefined
 
   constructor(onLog?: (line: string) => void) {
     this.#onLog = onLog
@@ -59,10 +58,6 @@ export class Supervision {
   /** Resolves when the server that was started last is gone, and the supervisor with it or not. */
   get serverGone(): Promise<void> {
     return this.#serverGone.promise
-  }
-
-  get serverRunning(): boolean {
-    return this.#serverPid !== undefined
   }
 
   async startServer(command: Omit<Extract<Command, { do: 'start' }>, 'id' | 'do'>): Promise<number> {
@@ -104,20 +99,17 @@ export class Supervision {
 
   #hear(message: Answer | Event): void {
     if ('id' in message) {
-      if (message.pid !== undefined) this.#serverPid = message.pid
       this.#pending.get(message.id)?.resolve(message)
     } else if (message.event === 'log') {
       this.#tail = [...this.#tail, ...message.lines].slice(-TAIL_LINES)
       for (const line of message.lines) this.#onLog?.(line)
     } else {
-      this.#serverPid = undefined
       this.#serverGone.resolve()
     }
   }
 
   #fail(text: string, cause?: unknown): void {
     this.#failure ??= new BusError('unavailable', text, { cause })
-    this.#serverPid = undefined
     this.#serverGone.resolve()
     for (const { reject } of this.#pending.values()) reject(this.#failure)
   }
