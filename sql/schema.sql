@@ -32,13 +32,13 @@ create table klieo.consumer_offsets (
 
 create table klieo.deliveries (
   consumer_id integer not null,
-  tx xid8 not null,
   seq bigint not null,
+  tx xid8 not null,
   attempt integer not null,
   visible_at timestamp with time zone not null,
   token uuid,
   final boolean not null default false,
-  constraint deliveries_pkey PRIMARY KEY (consumer_id, tx, seq)
+  constraint deliveries_pkey PRIMARY KEY (consumer_id, seq)
 ) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
 
 create table klieo.jobs (
@@ -153,7 +153,7 @@ create unlogged table klieo.responders (
   constraint responders_pkey PRIMARY KEY (id)
 );
 
-CREATE INDEX deliveries_due ON klieo.deliveries USING btree (consumer_id, visible_at);
+CREATE INDEX deliveries_due ON klieo.deliveries USING btree (consumer_id, visible_at, seq);
 
 CREATE INDEX deliveries_final ON klieo.deliveries USING btree (visible_at) WHERE final;
 
@@ -234,26 +234,25 @@ create view klieo.queue_stats as
    FROM klieo.jobs j
   GROUP BY queue;
 
-CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
+CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
+declare
+  v_ns int[];
+  v_consumers int[];
+  v_seqs bigint[];
 begin
-  return query
-    with mine as materialized (
-      select * from klieo.settle_deliveries(
-        ack_deliveries.consumers, ack_deliveries.txs, ack_deliveries.seqs, ack_deliveries.tokens, ack_deliveries.no_wait)
-    )
-    delete from klieo.deliveries d
-    using mine
-    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-    returning mine.n;
+  select array_agg(m.n), array_agg(distinct m.consumer_id), array_agg(m.seq) into v_ns, v_consumers, v_seqs
+  from klieo.settle_deliveries(ack_deliveries.consumers, ack_deliveries.seqs, ack_deliveries.tokens, ack_deliveries.no_wait) m;
+  -- By token as well: two durables in one batch may hold the same message.
+  delete from klieo.deliveries d where d.consumer_id = any(v_consumers) and d.seq = any(v_seqs) and d.token = any(ack_deliveries.tokens);
+  return query select unnest(v_ns);
 end
 $function$;
 
@@ -262,7 +261,6 @@ CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait b
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -292,7 +290,6 @@ CREATE OR REPLACE FUNCTION klieo.bury_deliveries(consumer integer, max_messages 
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -301,7 +298,7 @@ declare
   v_count int;
 begin
   with ended as materialized (
-    select d.consumer_id, d.tx, d.seq
+    select d.seq
     from klieo.deliveries d
     where d.consumer_id = bury_deliveries.consumer and d.visible_at <= (select clock_timestamp()) and d.final
     order by d.visible_at
@@ -309,8 +306,7 @@ begin
     for update skip locked
   ), gone as (
     delete from klieo.deliveries d
-    using ended
-    where d.consumer_id = ended.consumer_id and d.tx = ended.tx and d.seq = ended.seq
+    where d.consumer_id = bury_deliveries.consumer and d.seq = any (array(select ended.seq from ended))
     returning d.consumer_id, d.tx, d.seq, d.attempt
   ), letter as (
     insert into klieo.messages (subject, payload, headers)
@@ -318,8 +314,9 @@ begin
       m.headers || jsonb_build_object(
         'dlq_reason', 'max_deliver_exceeded', 'dlq_subject', m.subject, 'dlq_seq', m.seq::text, 'dlq_attempts', gone.attempt::text)
     from gone
-    join klieo.messages m on m.tx = gone.tx and m.seq = gone.seq
-    join klieo.consumer_offsets o on o.id = gone.consumer_id
+    cross join lateral (select * from klieo.messages m where m.tx = gone.tx and m.seq = gone.seq limit 1) m
+    cross join lateral (select o.durable from klieo.consumer_offsets o where o.id = gone.consumer_id limit 1) o
+    order by gone.seq
     returning 1
   )
   select count(*) into v_count from letter;
@@ -332,7 +329,6 @@ CREATE OR REPLACE FUNCTION klieo.bury_jobs(ids bigint[], reason text)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -360,7 +356,7 @@ begin
         'dlq_queue', dead.queue,
         'dlq_job_id', dead.id::text,
         'dlq_attempts', dead.attempts::text,
-        'dlq_dedup_key', dead.dedup_key,
+        'dlq_dedup_key', regexp_replace(dead.dedup_key, '[\r\n]+', ' ', 'g'),
         'dlq_error', case when bury_jobs.reason is null then left(regexp_replace(dead.last_error, '[\r\n]+', ' ', 'g'), 4000) end))
     from dead
     order by dead.id
@@ -458,7 +454,6 @@ CREATE OR REPLACE FUNCTION klieo.claim_jobs(queue text, worker_id text, lease_tt
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -502,13 +497,13 @@ begin
             token = gen_random_uuid(),
             worker_id = claim_jobs.worker_id,
             visible_at = clock_timestamp() + v_ttl
-          from fitting f
-          where j.id = f.id and j.attempts < j.max_attempts
-          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at as expires_at, f.visible_at
+          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
         )
-        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.expires_at
+        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
         from claimed c
-        order by c.visible_at, c.id
+        join fitting f on f.id = c.id
+        order by f.visible_at, f.id
       loop
         v_room := v_room - 1;
         v_bytes := v_bytes - octet_length(payload);
@@ -539,7 +534,6 @@ CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], r
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -653,7 +647,7 @@ begin
     select array_agg(case when i.key is null then v_ids[i.n] else convert_from(e.value, 'UTF8')::bigint end order by i.n), bool_or(i.key is not null and e.value is null)
     into v_found, v_missing
     from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
-    left join klieo.kv_entries e on e.bucket = 'dedup.' || i.queue and e.key = i.key;
+    left join lateral (select e.value from klieo.kv_entries e where e.bucket = 'dedup.' || i.queue and e.key = i.key limit 1) e on true;
     -- A record that was deleted between the two statements: once more.
     exit when not coalesce(v_missing, false);
   end loop;
@@ -675,31 +669,31 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], waits_ms bigint[])
+CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[])
  RETURNS SETOF integer
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
+declare
+  m record;
 begin
-  with mine as materialized (
-    select s.n, s.consumer_id, s.tx, s.seq
-    from klieo.settle_deliveries(
-      extend_deliveries.consumers, extend_deliveries.txs, extend_deliveries.seqs, extend_deliveries.tokens, true) s
-  )
-  update klieo.deliveries d
-  set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[mine.n] / 1000.0))
-  from mine
-  where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq;
+  for m in
+    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, true)
+  loop
+    update klieo.deliveries d
+    set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[m.n] / 1000.0))
+    where d.consumer_id = m.consumer_id and d.seq = m.seq;
+  end loop;
   return query
     select g.n::int
-    from unnest(extend_deliveries.consumers, extend_deliveries.txs, extend_deliveries.seqs, extend_deliveries.tokens)
-      with ordinality as g(consumer_id, tx, seq, token, n)
-    join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token;
+    from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
+    cross join lateral (
+      select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
+    ) d;
 end
 $function$;
 
@@ -708,7 +702,6 @@ CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages i
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -763,30 +756,27 @@ begin
         select d.tx, d.seq, d.visible_at
         from klieo.deliveries d
         where d.consumer_id = fetch_messages.consumer and d.visible_at <= v_now and not d.final
-        order by d.visible_at, d.tx, d.seq
+        order by d.visible_at, d.seq
         limit fetch_messages.max_messages
         for no key update skip locked
       ), sized as (
-        select due.tx, due.seq, octet_length(m.payload) as size,
-          sum(octet_length(m.payload)) over (order by due.visible_at, due.tx, due.seq rows unbounded preceding) as bytes
+        select due.seq, m.size, sum(m.size) over (order by due.visible_at, due.seq rows unbounded preceding) as bytes
         from due
-        join klieo.messages m on m.tx = due.tx and m.seq = due.seq
-      ), fitting as (
-        select sized.tx, sized.seq, sized.bytes from sized where sized.bytes - sized.size < fetch_messages.max_bytes
+        cross join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m
       ), again as (
         update klieo.deliveries d
         set attempt = d.attempt + 1,
           token = gen_random_uuid(),
           visible_at = clock_timestamp() + v_wait,
           final = coalesce(d.attempt + 1 >= fetch_messages.max_deliver, false)
-        from fitting f
-        where d.consumer_id = fetch_messages.consumer and d.tx = f.tx and d.seq = f.seq
-        returning d.tx, d.seq, d.attempt, d.token, f.bytes
+        where d.consumer_id = fetch_messages.consumer
+          and d.seq = any (array(select sized.seq from sized where sized.bytes - sized.size < fetch_messages.max_bytes))
+        returning d.tx, d.seq, d.attempt, d.token
       )
       select
         coalesce(array_agg(again.tx order by again.tx, again.seq), '{}'), coalesce(array_agg(again.seq order by again.tx, again.seq), '{}'),
         coalesce(array_agg(again.attempt order by again.tx, again.seq), '{}'), coalesce(array_agg(again.token order by again.tx, again.seq), '{}'),
-        v_bytes - coalesce(max(again.bytes), 0)
+        v_bytes - coalesce((select max(sized.bytes) from sized where sized.bytes - sized.size < fetch_messages.max_bytes), 0)
       into v_tx, v_seq, v_attempt, v_token, v_bytes
       from again;
     end if;
@@ -845,7 +835,7 @@ begin
         order by u.tx, u.seq
         limit v_scan
       ), counted as (
-        select k.tx, k.seq, k.hit,
+        select k.tx, k.seq, k.size, k.hit,
           count(*) filter (where k.hit) over before as hits,
           coalesce(sum(k.size) filter (where k.hit) over before, 0) as bytes
         from candidate k
@@ -864,7 +854,7 @@ begin
         (select count(*) from kept) as kept,
         (select last.tx from kept last order by last.tx desc, last.seq desc limit 1) as last_tx,
         (select last.seq from kept last order by last.tx desc, last.seq desc limit 1) as last_seq,
-        (select coalesce(sum(octet_length(m.payload)), 0) from handed_out h join klieo.messages m on m.tx = h.tx and m.seq = h.seq) as bytes,
+        (select coalesce(sum(k.size), 0) from kept k where k.hit) as bytes,
         coalesce(array_agg(h.tx order by h.tx, h.seq), '{}') as tx,
         coalesce(array_agg(h.seq order by h.tx, h.seq), '{}') as seq,
         coalesce(array_agg(h.token order by h.tx, h.seq), '{}') as token
@@ -906,7 +896,7 @@ begin
   return query
     select m.tx, m.seq, m.subject, m.headers, m.payload, m.published_at, h.attempt, h.token, null::boolean, null::boolean, null::double precision
     from unnest(v_tx, v_seq, v_attempt, v_token) with ordinality as h(tx, seq, attempt, token, n)
-    join klieo.messages m on m.tx = h.tx and m.seq = h.seq
+    cross join lateral (select * from klieo.messages m where m.tx = h.tx and m.seq = h.seq limit 1) m
     order by h.n;
   -- The last row tells how to go on.
   return query
@@ -937,7 +927,6 @@ CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1129,35 +1118,34 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
+CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
 declare
-  v_given int[];
-  v_ended int[];
+  m record;
+  v_final boolean;
+  v_ended int[] := '{}';
 begin
-  with mine as materialized (
-    select * from klieo.settle_deliveries(
-      nak_deliveries.consumers, nak_deliveries.txs, nak_deliveries.seqs, nak_deliveries.tokens, nak_deliveries.no_wait)
-  ), given as (
+  for m in
+    select * from klieo.settle_deliveries(nak_deliveries.consumers, nak_deliveries.seqs, nak_deliveries.tokens, nak_deliveries.no_wait)
+  loop
     update klieo.deliveries d
-    set token = null,
-      visible_at = clock_timestamp() + make_interval(secs => case when d.final then 0 else nak_deliveries.delays_ms[mine.n] / 1000.0 end)
-    from mine
-    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-    returning mine.n, d.final, d.consumer_id
-  )
-  select array_agg(given.n), array_agg(distinct given.consumer_id) filter (where given.final) into v_given, v_ended from given;
+    set token = null, visible_at = clock_timestamp() + make_interval(secs => case when d.final then 0 else nak_deliveries.delays_ms[m.n] / 1000.0 end)
+    where d.consumer_id = m.consumer_id and d.seq = m.seq
+    returning d.final into v_final;
+    if v_final and m.consumer_id <> all(v_ended) then
+      v_ended := v_ended || m.consumer_id;
+    end if;
+    return next m.n;
+  end loop;
   -- A nak of the last delivery ends the message at once.
   perform klieo.bury_deliveries(e.consumer_id, 1000) from unnest(v_ended) as e(consumer_id);
-  return query select unnest(v_given);
 end
 $function$;
 
@@ -1166,7 +1154,6 @@ CREATE OR REPLACE FUNCTION klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1197,7 +1184,6 @@ CREATE OR REPLACE FUNCTION klieo.next_job_in_ms(queue text)
  STABLE
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1297,7 +1283,7 @@ begin
     from klieo.messages m
     where m.tx < v_bound
       and m.published_at < clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0)
-      and not exists (select from klieo.deliveries d where d.tx = m.tx and d.seq = m.seq)
+      and not exists (select from klieo.deliveries d where d.seq = m.seq)
     order by m.tx, m.seq
     limit prune_messages.max_messages
   )
@@ -1409,7 +1395,7 @@ begin
       where d.expires_at <= clock_timestamp()
     returning d.seq
   )
-  select array_agg(taken.seq) into v_new from taken;
+  select coalesce(array_agg(taken.seq), '{}') into v_new from taken;
 
   insert into klieo.messages (seq, subject, payload, headers)
   select v_seqs[i.n], i.subject, substring(publish_many.payloads from i.start for i.length), coalesce(i.headers::jsonb, '{}')
@@ -1434,7 +1420,6 @@ CREATE OR REPLACE FUNCTION klieo.reap_deliveries(max_messages integer)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1465,7 +1450,6 @@ CREATE OR REPLACE FUNCTION klieo.reap_jobs(max_jobs integer)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1517,27 +1501,26 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[])
+CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[])
  RETURNS SETOF integer
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
+declare
+  m record;
 begin
-  return query
-    with mine as materialized (
-      select * from klieo.settle_deliveries(
-        release_deliveries.consumers, release_deliveries.txs, release_deliveries.seqs, release_deliveries.tokens, true)
-    )
+  for m in
+    select * from klieo.settle_deliveries(release_deliveries.consumers, release_deliveries.seqs, release_deliveries.tokens, true)
+  loop
     update klieo.deliveries d
     set attempt = d.attempt - 1, token = null, final = false, visible_at = clock_timestamp()
-    from mine
-    where d.consumer_id = mine.consumer_id and d.tx = mine.tx and d.seq = mine.seq
-    returning mine.n;
+    where d.consumer_id = m.consumer_id and d.seq = m.seq;
+    return next m.n;
+  end loop;
 end
 $function$;
 
@@ -1546,7 +1529,6 @@ CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[])
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1591,34 +1573,43 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.settle_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean)
- RETURNS TABLE(n integer, consumer_id integer, tx xid8, seq bigint)
+CREATE OR REPLACE FUNCTION klieo.settle_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean)
+ RETURNS TABLE(n integer, consumer_id integer, seq bigint)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
 begin
-  -- Locked in one order, so that two batches do not deadlock. The token is looked at again after the wait.
+  -- Locked one after the other in one order, so that two batches do not deadlock. The token is looked at again after a wait.
   if settle_deliveries.no_wait then
     return query
-      select g.n::int, d.consumer_id, d.tx, d.seq
-      from unnest(settle_deliveries.consumers, settle_deliveries.txs, settle_deliveries.seqs, settle_deliveries.tokens)
-        with ordinality as g(consumer_id, tx, seq, token, n)
-      join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token
-      order by d.consumer_id, d.tx, d.seq
-      for update of d skip locked;
+      select g.n::int, d.consumer_id, d.seq
+      from (
+        select * from unnest(settle_deliveries.consumers, settle_deliveries.seqs, settle_deliveries.tokens)
+          with ordinality as u(consumer_id, seq, token, n)
+        order by u.consumer_id, u.seq
+      ) g
+      cross join lateral (
+        select d.consumer_id, d.seq from klieo.deliveries d
+        where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token
+        for update skip locked
+      ) d;
   else
     return query
-      select g.n::int, d.consumer_id, d.tx, d.seq
-      from unnest(settle_deliveries.consumers, settle_deliveries.txs, settle_deliveries.seqs, settle_deliveries.tokens)
-        with ordinality as g(consumer_id, tx, seq, token, n)
-      join klieo.deliveries d on d.consumer_id = g.consumer_id and d.tx = g.tx and d.seq = g.seq and d.token = g.token
-      order by d.consumer_id, d.tx, d.seq
-      for update of d;
+      select g.n::int, d.consumer_id, d.seq
+      from (
+        select * from unnest(settle_deliveries.consumers, settle_deliveries.seqs, settle_deliveries.tokens)
+          with ordinality as u(consumer_id, seq, token, n)
+        order by u.consumer_id, u.seq
+      ) g
+      cross join lateral (
+        select d.consumer_id, d.seq from klieo.deliveries d
+        where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token
+        for update
+      ) d;
   end if;
 end
 $function$;
@@ -1628,35 +1619,23 @@ CREATE OR REPLACE FUNCTION klieo.settle_jobs(ids bigint[], tokens uuid[], no_wai
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
-declare
-  v_ids bigint[];
 begin
-  -- Locked in the order of their ids, so that two batches do not deadlock. The token is looked at again after the wait.
+  -- Locked one after the other in the order of their ids, so that two batches do not deadlock. The token is looked at again
+  -- after a wait.
   if settle_jobs.no_wait then
-    with mine as materialized (
+    return array(
       select j.id
-      from unnest(settle_jobs.ids, settle_jobs.tokens) as s(id, token)
-      join klieo.jobs j on j.id = s.id and j.token = s.token
-      order by j.id
-      for update of j skip locked
-    )
-    select coalesce(array_agg(mine.id), '{}') into v_ids from mine;
-  else
-    with mine as materialized (
-      select j.id
-      from unnest(settle_jobs.ids, settle_jobs.tokens) as s(id, token)
-      join klieo.jobs j on j.id = s.id and j.token = s.token
-      order by j.id
-      for update of j
-    )
-    select coalesce(array_agg(mine.id), '{}') into v_ids from mine;
+      from (select * from unnest(settle_jobs.ids, settle_jobs.tokens) as u(id, token) order by u.id) s
+      cross join lateral (select j.id from klieo.jobs j where j.id = s.id and j.token = s.token for update skip locked) j);
   end if;
-  return v_ids;
+  return array(
+    select j.id
+    from (select * from unnest(settle_jobs.ids, settle_jobs.tokens) as u(id, token) order by u.id) s
+    cross join lateral (select j.id from klieo.jobs j where j.id = s.id and j.token = s.token for update) j);
 end
 $function$;
 
@@ -1666,7 +1645,6 @@ CREATE OR REPLACE FUNCTION klieo.window_has_message(lo pg_snapshot, hi pg_snapsh
  STABLE
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
- SET enable_hashjoin TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1723,11 +1701,11 @@ comment on column klieo.deliveries.consumer_id is 'The durable.';
 
 comment on column klieo.deliveries.final is 'This delivery is the last one allowed: left unsettled, the message goes to the dead-letter subject.';
 
-comment on column klieo.deliveries.seq is 'And its seq.';
+comment on column klieo.deliveries.seq is 'The message.';
 
 comment on column klieo.deliveries.token is 'Random, new with each delivery: only its bearer may settle. Null while nobody holds the message.';
 
-comment on column klieo.deliveries.tx is 'The message: its tx.';
+comment on column klieo.deliveries.tx is 'And its tx, by which the log finds it.';
 
 comment on column klieo.deliveries.visible_at is 'When it may be handed out again.';
 
@@ -1945,7 +1923,7 @@ comment on view klieo.message_details is 'A row per stored message.';
 
 comment on view klieo.queue_stats is 'A row per queue that holds jobs.';
 
-comment on function klieo.ack_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
+comment on function klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
 
 comment on function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
 
@@ -1975,7 +1953,7 @@ comment on function klieo.enqueue(queue text, payload bytea, headers jsonb, dedu
 
 comment on function klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[]) is 'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
-comment on function klieo.extend_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, never shortening one and never waiting; answers the positions of those whose token is still valid.';
+comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, never shortening one and never waiting; answers the positions of those whose token is still valid.';
 
 comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 
@@ -1995,7 +1973,7 @@ comment on function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigi
 
 comment on function klieo.live_responders(subject text) is 'Whether any live process answers requests on the subject.';
 
-comment on function klieo.nak_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
+comment on function klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
 
 comment on function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean) is 'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
 
@@ -2019,7 +1997,7 @@ comment on function klieo.reap_jobs(max_jobs integer) is 'Buries jobs whose last
 
 comment on function klieo.rebase() is 'Makes the log of a restored database deliverable again: nothing acknowledged comes back, nothing undelivered is lost. Answers whether it was needed.';
 
-comment on function klieo.release_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
+comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
 comment on function klieo.release_jobs(ids bigint[], tokens uuid[]) is 'Makes claimed jobs claimable again at once; the attempt counts.';
 
@@ -2027,7 +2005,7 @@ comment on function klieo.restored() is 'Whether this database was restored from
 
 comment on function klieo.retry_dead(queue text, id bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
 
-comment on function klieo.settle_deliveries(consumers integer[], txs xid8[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
+comment on function klieo.settle_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
 
 comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 

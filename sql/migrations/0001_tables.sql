@@ -85,21 +85,21 @@ comment on column klieo.consumer_offsets.last_active_at is 'When a member last f
 
 create table klieo.deliveries (
   consumer_id int not null,
-  tx xid8 not null,
   seq bigint not null,
+  tx xid8 not null,
   attempt int not null,
   visible_at timestamptz not null,
   token uuid,
   final boolean not null default false,
-  primary key (consumer_id, tx, seq)
+  primary key (consumer_id, seq)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
-create index deliveries_due on klieo.deliveries (consumer_id, visible_at);
+create index deliveries_due on klieo.deliveries (consumer_id, visible_at, seq);
 -- For the reaper.
 create index deliveries_final on klieo.deliveries (visible_at) where final;
 comment on table klieo.deliveries is 'Messages that are handed out and not settled, or wait to be handed out again.';
 comment on column klieo.deliveries.consumer_id is 'The durable.';
-comment on column klieo.deliveries.tx is 'The message: its tx.';
-comment on column klieo.deliveries.seq is 'And its seq.';
+comment on column klieo.deliveries.seq is 'The message.';
+comment on column klieo.deliveries.tx is 'And its tx, by which the log finds it.';
 comment on column klieo.deliveries.attempt is 'Deliveries so far.';
 comment on column klieo.deliveries.visible_at is 'When it may be handed out again.';
 comment on column klieo.deliveries.token is 'Random, new with each delivery: only its bearer may settle. Null while nobody holds the message.';

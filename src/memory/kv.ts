@@ -107,7 +107,7 @@ export class MemoryKv implements KvStore {
     this.#context.checkOpen()
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
-    checkDuration('ttlMs', ttlMs, 1)
+    checkDuration('ttlMs', ttlMs)
     checkOptions(options)
     const { waitMs = 0, signal } = options
     checkDuration('waitMs', waitMs)
@@ -139,7 +139,7 @@ export class MemoryKv implements KvStore {
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
     checkOptions(options)
-    if (options.ttlMs !== undefined) checkDuration('ttlMs', options.ttlMs, 1)
+    if (options.ttlMs !== undefined) checkDuration('ttlMs', options.ttlMs)
     return checkPayload(value, this.#context.maxPayloadBytes, 'value')
   }
 

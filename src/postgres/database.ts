@@ -51,6 +51,8 @@ export class Database {
   readonly schema: string
   readonly #ownsPool: boolean
   readonly #texts = new Map<string, { name: string; text: string }>()
+  readonly #underWay = new Set<(error: unknown) => void>()
+  #onIdle: (() => void) | undefined
   readonly #clients = new Set<pg.ClientBase>()
   readonly #onConnect = (client: pg.ClientBase) => void this.#clients.add(client)
   readonly #onRemove = (client: pg.ClientBase) => void this.#clients.delete(client)
@@ -159,19 +161,47 @@ export class Database {
     this.pool.off('remove', this.#onRemove)
     if (!this.#ownsPool) return
     this.pool.on('error', () => {})
+    await this.#idle()
     // A statement that waits for somebody's lock, or for a server that does not answer, must not hold up the end.
-    const timer = setTimeout(() => {
+    if (this.#underWay.size > 0) {
       for (const client of this.#clients) (client as unknown as { connection: { stream: Duplex } }).connection.stream.destroy()
-    }, CLOSE_MS)
+    }
     await this.pool.end()
+    // The pool forgets who waited for a connection.
+    for (const reject of this.#underWay) reject(closedError('the bus'))
+  }
+
+  /** Resolves when no statement is under way, or after a while. */
+  async #idle(): Promise<void> {
+    if (this.#underWay.size === 0) return
+    const { promise, resolve } = Promise.withResolvers<void>()
+    this.#onIdle = resolve
+    const timer = setTimeout(resolve, CLOSE_MS)
+    await promise
     clearTimeout(timer)
+  }
+
+  async #track<T>(work: Promise<T>): Promise<T> {
+    const { promise, resolve, reject } = Promise.withResolvers<T>()
+    this.#underWay.add(reject)
+    work.then(resolve, reject)
+    try {
+      return await promise
+    } finally {
+      this.#underWay.delete(reject)
+      if (this.#underWay.size === 0) this.#onIdle?.()
+    }
   }
 
   async #send<R extends Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
     const statement = this.#statement(text)
     const query = { ...(this.#prepare ? statement : { text: statement.text }), values: [...values], types } as pg.QueryConfig
-    if (!this.#explicit) return (await this.pool.query<R>(query)).rows
+    if (!this.#explicit) return (await this.#track(this.pool.query<R>(query))).rows
+    return this.#track(this.#sendExplicitly<R>(query, doing))
+  }
+
+  #sendExplicitly<R extends Row>(query: pg.QueryConfig, doing: string): Promise<R[]> {
     return this.withClient(async (client) => {
       await client.query('begin isolation level read committed read write')
       try {

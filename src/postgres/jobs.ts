@@ -114,7 +114,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     this.#context.checkOpen()
     checkQueue(queue)
     checkId('workerId', workerId)
-    checkDuration('leaseTtlMs', leaseTtlMs, 1)
+    checkDuration('leaseTtlMs', leaseTtlMs)
     checkOptions(options)
     const { limit, waitMs = 0, signal } = options
     checkLimit(limit)

@@ -165,7 +165,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     this.#context.checkOpen()
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
-    checkDuration('ttlMs', ttlMs, 1)
+    checkDuration('ttlMs', ttlMs)
     checkOptions(options)
     const { waitMs = 0, signal } = options
     checkDuration('waitMs', waitMs)
@@ -202,7 +202,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     checkOptions(options)
     const { ttlMs, tx } = options
     checkTx(tx)
-    if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs, 1)
+    if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs)
     const bytes = asBuffer(checkPayload(value, this.#context.maxPayloadBytes, 'value'))
     return { bytes, ttlMs: text(ttlMs ?? null), tx }
   }

@@ -27,28 +27,28 @@ export const DELETE_DURABLE = `
 
 /** $1 consumer, $2 messages, $3 ack wait in ms, $4 max ack pending, $5 max deliver or null, $6 bytes */
 export const FETCH = `
-  select tx::text as tx, seq, subject, headers, payload, extract(epoch from published_at) * 1000 as published_at_ms, attempt,
+  select seq, subject, headers, payload, extract(epoch from published_at) * 1000 as published_at_ms, attempt,
     token::text as token, more, final_due, due_in_ms
   from klieo.fetch_messages($1, $2, $3, $4, $5, $6)`
 
 export const BURY = `select klieo.bury_deliveries($1, $2) as count`
 
-/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 whether to pass over locked rows. All settlements answer the positions that were still theirs. */
+/** $1 consumers, $2 seqs, $3 tokens, $4 whether to pass over locked rows. All settlements answer the positions that were still theirs. */
 export const ACK = `
   select n::text as n
-  from klieo.ack_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::boolean) as n`
+  from klieo.ack_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::boolean) as n`
 
-/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 delays in ms, $6 whether to pass over locked rows */
+/** $1 consumers, $2 seqs, $3 tokens, $4 delays in ms, $5 whether to pass over locked rows */
 export const NAK = `
   select n::text as n
-  from klieo.nak_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[], $6::text::boolean) as n`
+  from klieo.nak_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[], $5::text::boolean) as n`
 
-/** $1 consumers, $2 txs, $3 seqs, $4 tokens, $5 ack waits in ms */
+/** $1 consumers, $2 seqs, $3 tokens, $4 ack waits in ms */
 export const EXTEND = `
   select n::text as n
-  from klieo.extend_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[], $5::text::bigint[]) as n`
+  from klieo.extend_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[]) as n`
 
-/** $1 consumers, $2 txs, $3 seqs, $4 tokens */
+/** $1 consumers, $2 seqs, $3 tokens */
 export const RELEASE = `
   select n::text as n
-  from klieo.release_deliveries($1::text::int[], $2::text::xid8[], $3::text::bigint[], $4::text::uuid[]) as n`
+  from klieo.release_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[]) as n`

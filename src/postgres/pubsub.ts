@@ -35,12 +35,10 @@ const BURY_BATCH = 1_000
 
 interface PgDelivery extends Delivery {
   readonly consumer: number
-  readonly tx: string
   readonly token: string
 }
 
 interface FetchRow extends Record<string, unknown> {
-  readonly tx: string | null
   readonly seq: number | null
   readonly subject: string
   readonly headers: Headers
@@ -226,7 +224,6 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     const deliveries = rows.map(
       (row): PgDelivery => ({
         consumer,
-        tx: row.tx as string,
         token: row.token,
         seq: row.seq as number,
         subject: row.subject,
@@ -287,7 +284,6 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
 function keys(deliveries: readonly PgDelivery[]): string[] {
   return [
     pgArray(deliveries.map(({ consumer }) => consumer)),
-    pgArray(deliveries.map(({ tx }) => tx)),
     pgArray(deliveries.map(({ seq }) => seq)),
     pgArray(deliveries.map(({ token }) => token)),
   ]

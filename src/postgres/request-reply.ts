@@ -234,7 +234,7 @@ class PostgresResponder implements Responder {
     this.#loop = this.#run()
   }
 
-  /** Takes no more requests and lets the handlers that run end. Idempotent. */
+  /** Takes no more requests, tells the handlers that run by their signals, and waits for their replies. Idempotent. */
   close(): Promise<void> {
     return this.end(Number.POSITIVE_INFINITY)
   }
@@ -243,10 +243,10 @@ class PostgresResponder implements Responder {
     return this.close()
   }
 
-  /** @param graceMs how long running handlers may take; then their signals are aborted and nobody waits for them */
+  /** @param graceMs how long running handlers may take; then nobody waits for them */
   end(graceMs = 0): Promise<void> {
     this.#ending ??= this.#end(graceMs)
-    if (graceMs < Number.POSITIVE_INFINITY) this.#abort()
+    for (const controller of this.#running.keys()) controller.abort(closedError('the responder'))
     return this.#ending
   }
 
@@ -266,10 +266,6 @@ class PostgresResponder implements Responder {
       cancel()
     }
     this.#onEnd(this)
-  }
-
-  #abort(): void {
-    for (const controller of this.#running.keys()) controller.abort(closedError('the responder'))
   }
 
   async #run(): Promise<void> {
@@ -320,7 +316,7 @@ class PostgresResponder implements Responder {
     }
     const { db, ringer, bell } = this.#context
     const notice = ringer.notice([{ kind: 'inbox', name: '<inbox>' }])
-    for (let tries = 1; tries <= REPLY_TRIES && !signal.aborted; tries++) {
+    for (let tries = 1; tries <= REPLY_TRIES; tries++) {
       try {
         const [row] = await db.query<{ inbox: string }>(REPLY, [id, this.#instance, ok, asBuffer(reply), ringer.channel, notice], 'reply')
         if (row) bell.ring([{ kind: 'inbox', name: row.inbox }])

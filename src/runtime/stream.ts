@@ -101,6 +101,8 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #pumping: Promise<void> | undefined
   #closing: Promise<void> | undefined
   #failure: { error: unknown } | undefined
+  /** A message was just given back without a delay: it is fetched before a new one is yielded (P5). */
+  #redelivering = false
   #cancelStale: (() => void) | undefined
 
   constructor(options: StreamOptions<D, Tx>) {
@@ -164,16 +166,19 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #serve(): void {
     const { clock } = this.#options
     while (this.#waiters.length > 0) {
-      const held = this.#buffer.shift()
-      if (!held) return
+      const held = this.#buffer[0]
+      if (!held || (this.#redelivering && held.delivery.attempt === 1)) return
+      this.#buffer.shift()
       if (clock.now() >= held.settlement.deadline) continue // ran out before it was yielded
       this.#yielded.add(held)
-      this.#waiters.shift()?.resolve({ done: false, value: new YieldedMsg(held, this.#options, () => this.#settled(held)) })
+      this.#waiters.shift()?.resolve({ done: false, value: new YieldedMsg(held, this.#options, (again) => this.#settled(held, again)) })
     }
   }
 
-  #settled(held: Held<D>): void {
+  /** @param again to be handed out again at once */
+  #settled(held: Held<D>, again: boolean): void {
     if (!this.#yielded.delete(held)) return
+    if (again && this.#buffer.length > 0) this.#redelivering = true
     this.#options.ear.ring()
     if (this.#closing && !this.holds) this.#options.onClose(this)
   }
@@ -194,7 +199,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     const now = this.#options.clock.now()
     for (const held of this.#yielded) if (now >= held.settlement.deadline) this.#yielded.delete(held)
     const room = this.#options.maxInFlight - this.#buffer.length - this.#yielded.size
-    return Math.max(0, Math.min(room, this.#batch))
+    return Math.max(0, Math.min(room, this.#redelivering ? 1 : this.#batch))
   }
 
   /** Runs while somebody asks. */
@@ -204,6 +209,9 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     while (!this.#closing && this.#waiters.length > 0) {
       const limit = this.#wanted()
       if (limit === 0) {
+        this.#redelivering = false
+        this.#serve()
+        if (this.#waiters.length === 0) continue
         await ear.wait(this.#untilRoom())
         continue
       }
@@ -211,12 +219,15 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
       try {
         const fetched = await backend.fetch(limit)
         failures = 0
+        this.#redelivering = false
         this.#take(fetched.deliveries, sentAt)
         if (fetched.deliveries.length > 0 || fetched.more || this.#closing) continue
         await ear.wait(Math.max(1, Math.min(jittered(pollIntervalMs), fetched.dueInMs ?? pollIntervalMs)))
       } catch (error) {
         if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
         if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
+        this.#redelivering = false
+        this.#serve()
         await ear.wait(reconnectDelayMs(++failures))
       }
     }
@@ -241,7 +252,11 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     }
     for (const delivery of deliveries) {
       const settlement = new Settlement(`message ${delivery.seq} (attempt ${delivery.attempt})`, clock, sentAt + ackWaitMs)
-      this.#buffer.push({ delivery, fetchedAt: sentAt, settlement })
+      const held = { delivery, fetchedAt: sentAt, settlement }
+      // Redeliveries come before what is new.
+      const before = delivery.attempt === 1 ? -1 : this.#buffer.findIndex((other) => other.delivery.attempt === 1)
+      if (before < 0) this.#buffer.push(held)
+      else this.#buffer.splice(before, 0, held)
     }
     this.#serve()
     this.#watchStale()
@@ -292,9 +307,9 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
 class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
   readonly #held: Held<D>
   readonly #options: StreamOptions<D, Tx>
-  readonly #onSettled: () => void
+  readonly #onSettled: (again: boolean) => void
 
-  constructor(held: Held<D>, options: StreamOptions<D, Tx>, onSettled: () => void) {
+  constructor(held: Held<D>, options: StreamOptions<D, Tx>, onSettled: (again: boolean) => void) {
     this.#held = held
     this.#options = options
     this.#onSettled = onSettled
@@ -328,7 +343,7 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
 
   async nak(delayMs = 0): Promise<void> {
     checkDuration('delayMs', delayMs)
-    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait))
+    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait), delayMs === 0)
   }
 
   async term(reason?: string): Promise<void> {
@@ -341,10 +356,10 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
     await this.#held.settlement.extend(this.#options.ackWaitMs, () => this.#options.backend.extend(this.#held.delivery))
   }
 
-  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>): Promise<void> {
+  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>, again = false): Promise<void> {
     this.#checkOpen()
     await this.#held.settlement.settle(inTransaction, settle)
-    this.#onSettled()
+    this.#onSettled(again)
   }
 
   #checkOpen(): void {
