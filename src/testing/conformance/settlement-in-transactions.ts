@@ -71,12 +71,12 @@ export function transactionalSettlementTests<Tx>(suite: Suite<Tx>): void {
       async (stage) => {
         const bus = await stage.open()
         for (const end of ['commit', 'rollback'] as const) {
-          const held = await message(stage, bus, 400)
+          const held = await message(stage, bus, 800)
           const transaction = await stage.begin()
           await held.message.ack({ tx: transaction.tx })
-          await held.reader.nothing(900)
+          await held.reader.nothing(1_300)
           await transaction[end]()
-          if (end === 'commit') await held.reader.nothing(600)
+          if (end === 'commit') await held.reader.nothing(1_000)
           else assert.equal((await held.next()).attempt, 2)
         }
       },

@@ -138,18 +138,15 @@ export function transactionTests<Tx>(suite: Suite<Tx>): void {
         const seen: string[] = []
         const publishing = Promise.all([0, 1, 2, 3].map(publisher))
         let over = false
-        publishing.then(
-          () => {
-            over = true
-          },
-          () => {},
-        )
+        const end = () => {
+          over = true
+        }
+        publishing.then(end, end)
         while (!over || seen.length < expected.length) {
-          const message = await reader.poll(over ? 3_000 : 50)
-          if (message) {
-            seen.push(text(message.payload))
-            await message.ack()
-          } else if (over) break
+          const message = over ? await reader.next() : await reader.poll(50)
+          if (!message) continue
+          seen.push(text(message.payload))
+          await message.ack()
         }
         await publishing
         await reader.nothing()
