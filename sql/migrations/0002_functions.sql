@@ -1064,13 +1064,20 @@ begin
     order by j.priority desc
     limit 1;
     exit when not found;
-    -- One that is due and was not claimed is locked by somebody's open transaction: it is polled for.
-    v_next := null;
     select j.visible_at into v_next
     from klieo.jobs j
-    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority
     order by j.visible_at
     limit 1;
+    if v_next <= v_now then
+      -- It has just become due, or is locked: by a claim that is about to commit, or by an ack in an open transaction.
+      v_least := least(v_least, v_now + interval '50 milliseconds');
+      select j.visible_at into v_next
+      from klieo.jobs j
+      where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+      order by j.visible_at
+      limit 1;
+    end if;
     v_least := least(v_least, v_next);
   end loop;
   return extract(epoch from v_least - v_now) * 1000;

@@ -7,6 +7,7 @@ import {
   checkId,
   checkInteger,
   checkPayload,
+  checkTotal,
   EMPTY_HEADERS,
   invalid,
   MAX_BATCH,
@@ -35,6 +36,7 @@ export function checkMessage(message: Message, maxPayloadBytes: number): Checked
   checkSubject(message.subject)
   const payload = checkPayload(message.payload, maxPayloadBytes)
   const headers = checkHeaders(message.headers)
+  checkTotal(payload, headers, maxPayloadBytes)
   if (message.msgId !== undefined) checkId('msgId', message.msgId)
   return { subject: message.subject, payload, headers, msgId: message.msgId }
 }
@@ -53,6 +55,7 @@ export function checkJob(job: Job, maxPayloadBytes: number): CheckedJob {
   if (typeof job !== 'object' || job === null) throw invalid('job', job, 'must be an object with a payload')
   const payload = checkPayload(job.payload, maxPayloadBytes)
   const headers = job.headers === undefined ? EMPTY_HEADERS : checkHeaders(job.headers)
+  checkTotal(payload, headers, maxPayloadBytes)
   if (job.dedupKey !== undefined) checkId('dedupKey', job.dedupKey)
   if (job.maxAttempts !== undefined) checkInteger('maxAttempts', job.maxAttempts, 1, MAX_MAX_ATTEMPTS)
   if (job.delayMs !== undefined) checkDuration('delayMs', job.delayMs)

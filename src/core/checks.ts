@@ -141,6 +141,19 @@ export function checkPayload(value: unknown, maxBytes: number, argument = 'paylo
   return bytes
 }
 
+/** Payload and headers count together, as in NATS. @throws payload_too_large */
+export function checkTotal(payload: Uint8Array, headers: Headers, maxBytes: number): void {
+  if (headers === EMPTY_HEADERS) return
+  let bytes = payload.byteLength
+  for (const [name, text] of Object.entries(headers)) bytes += name.length + Buffer.byteLength(text)
+  if (bytes > maxBytes) {
+    throw new BusError(
+      'payload_too_large',
+      `payload and headers are ${bytes} bytes; the limit of this bus is ${maxBytes} (maxPayloadBytes)`,
+    )
+  }
+}
+
 /** A checked copy of the headers. */
 export function checkHeaders(value: unknown): Headers {
   if (value === undefined) return EMPTY_HEADERS

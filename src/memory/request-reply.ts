@@ -9,6 +9,7 @@ import {
   checkPayload,
   checkSignal,
   checkSubject,
+  checkTotal,
   closedError,
   type Payload,
   type Request,
@@ -47,6 +48,7 @@ export class MemoryRequestReply implements RequestReply {
     const { timeoutMs, headers, signal } = options
     checkDuration('timeoutMs', timeoutMs)
     const checkedHeaders = checkHeaders(headers)
+    checkTotal(bytes, checkedHeaders, this.#context.maxPayloadBytes)
     checkSignal(signal)
     const { clock, switchboard, turn } = this.#tools()
     const deadline = clock.now() + timeoutMs

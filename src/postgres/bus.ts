@@ -143,7 +143,7 @@ export class PostgresBus implements Bus<PostgresTx> {
       },
     }
     // A pooler that lets LISTEN through to nobody keeps no lock for a session either.
-    const presence = new Presence(db, direct, () => listener.state !== 'poll-only')
+    const presence = new Presence(db, direct, () => listener.direct)
     await listener.start(LISTEN_WAIT_MS)
     const maintenance = checked.maintenance ? new Maintenance(context, checked.retention) : undefined
     const bus = new PostgresBus(context, state, listener, presence, maintenance)

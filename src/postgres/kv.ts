@@ -50,6 +50,9 @@ export const CHANGES_KEPT_MS = 9 * 60 * 1_000
 const KEYS_PAGE = 1_000
 /** Values may be large. */
 const WATCH_PAGE = 100
+/** What a watch reads before it resolves. */
+const READ_AT_ONCE = 1_000
+const READ_AT_ONCE_BYTES = 8 * 1024 * 1024
 
 interface WriteRow extends Row {
   readonly revision: string | null
@@ -229,7 +232,11 @@ export class PostgresKv implements KvStore<PostgresTx> {
     return row ? Number(row.revision) : null
   }
 
-  /** The entries of a snapshot, page by page, and then one window of changes after the other. */
+  /**
+   * The entries of a snapshot, page by page, and then one window of changes after the other. The first entries are read at
+   * once, so that what is written right after `watch` has resolved does not replace them; of one that is replaced before its
+   * page is read, only the change is seen.
+   */
   async #changes(bucket: string, filter: string | null, updatesOnly: boolean): Promise<ChangeSource> {
     const { db } = this.#context
     const snapshot = async () => (await db.query<{ snapshot: string }>(WATCH_SNAPSHOT, [], 'watch'))[0]?.snapshot as string
@@ -238,11 +245,23 @@ export class PostgresKv implements KvStore<PostgresTx> {
     let hi: string | undefined
     let entriesAfter: string | undefined = updatesOnly ? undefined : ''
     let position = 0
+    const readEntries = async () => {
+      const rows = await db.query<EntryRow>(WATCH_ENTRIES, [bucket, filter, entriesAfter, WATCH_PAGE, start], 'watch')
+      entriesAfter = rows.length < WATCH_PAGE ? undefined : rows.at(-1)?.key
+      return rows
+    }
+    const first: EntryRow[] = []
+    let bytes = 0
+    while (entriesAfter !== undefined && first.length < READ_AT_ONCE && bytes < READ_AT_ONCE_BYTES) {
+      const rows = await readEntries()
+      bytes += rows.reduce((sum, { value }) => sum + (value?.byteLength ?? 0), 0)
+      first.push(...rows)
+    }
     return {
       read: async () => {
+        if (first.length > 0) return first.splice(0).map(toChange)
         if (entriesAfter !== undefined) {
-          const rows = await db.query<EntryRow>(WATCH_ENTRIES, [bucket, filter, entriesAfter, WATCH_PAGE, start], 'watch')
-          entriesAfter = rows.length < WATCH_PAGE ? undefined : rows.at(-1)?.key
+          const rows = await readEntries()
           if (rows.length > 0) return rows.map(toChange)
         }
         hi ??= await snapshot()

@@ -45,6 +45,7 @@ export class Listener {
   readonly #end = Promise.withResolvers<void>()
   readonly #decided = Promise.withResolvers<void>()
   #state: ListenerState = 'connecting'
+  #direct = false
   #running: Promise<void> | undefined
 
   constructor(config: pg.ClientConfig, channel: string, events: ListenerEvents) {
@@ -55,6 +56,11 @@ export class Listener {
 
   get state(): ListenerState {
     return this.#state
+  }
+
+  /** Whether a session of the configuration is ours alone: it has heard what another one sent. */
+  get direct(): boolean {
+    return this.#direct
   }
 
   /** Resolves once it listens, or is known not to, or `ms` are over. */
@@ -132,6 +138,7 @@ export class Listener {
       const heard = await Promise.race([probed.promise, broken.promise.then(() => undefined), this.#end.promise.then(() => undefined)])
       clearTimeout(timer)
       if (heard === undefined) return false
+      this.#direct = heard
       if (!this.#closed()) this.#state = heard ? 'listening' : 'poll-only'
       this.#decided.resolve()
       if (!heard) return false

@@ -14,6 +14,7 @@ import {
   checkPayload,
   checkSignal,
   checkSubject,
+  checkTotal,
   closedError,
   type Headers,
   isBusError,
@@ -78,6 +79,7 @@ export class PostgresRequestReply implements RequestReply {
     const { timeoutMs, signal } = options
     checkDuration('timeoutMs', timeoutMs)
     const headers = checkHeaders(options.headers)
+    checkTotal(bytes, headers, maxPayloadBytes)
     checkSignal(signal)
 
     const id = crypto.randomUUID()
