@@ -1,0 +1,218 @@
+/**
+ * An inventory of the packages under node_modules, as the story of one run. Read `run` from top to bottom; the two places
+ * where the bus takes part in the app's own transactions are enqueue.ts and worker.ts.
+ */
+
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+import { decode, PostgresBus } from 'klieo-bus'
+import { startAggregates } from './aggregates.ts'
+import { type Options, readCommandLine, UsageError } from './command-line.ts'
+import { Crewmate } from './crew.ts'
+import { createTables, textOf } from './database.ts'
+import { addAndRollBack, addPackage } from './enqueue.ts'
+import { printAfterlife } from './keep.ts'
+import { readLockFile } from './packages.ts'
+import { findPlace, type Place } from './place.ts'
+import { complaints, printReport, readFigures, readTopLists } from './report.ts'
+import { megabytes, Screen } from './screen.ts'
+import { BUCKET, PROGRESS, type Progress, type Result, STATS, type Stats } from './topics.ts'
+
+const WORKERS = ['worker-1', 'worker-2', 'worker-3']
+const STATS_TIMEOUT_MS = 5_000
+/** Without a new result for so long, the run is over and the report says what is missing. */
+const PATIENCE_MS = 30_000
+
+const project = fileURLToPath(new URL('../../', import.meta.url))
+const screen = new Screen()
+const interrupted = new AbortController()
+/** What to undo at the end, last first. */
+const undo: (() => Promise<void>)[] = []
+
+/** @returns the exit code */
+async function run({ keep }: Options): Promise<number> {
+  const { signal } = interrupted
+  const listed = await readLockFile(project)
+
+  screen.print(`${screen.bold('An inventory of the packages under node_modules')}\n`)
+  if (!process.env.DATABASE_URL) screen.say('DATABASE_URL is not set: starting an embedded PostgreSQL')
+  const place = await findPlace(process.env.DATABASE_URL)
+  undo.push(() => place.leave(keep))
+  const { pool, schemas } = place
+  signal.throwIfAborted()
+
+  const bus = await PostgresBus.connect({ pool, schema: schemas.bus })
+  undo.push(() => bus.close())
+  await createTables(pool, schemas)
+  screen.say(`${place.description}; tables in schema "${schemas.inventory}", the bus in "${schemas.bus}"`)
+  signal.throwIfAborted()
+
+  let killed: { readonly path: string; readonly at: number } | undefined
+  await startAggregates(bus, pool, schemas, ({ path, attempt, worker }: Result) => {
+    if (attempt === 1) return
+    const since = killed ? `, ${((performance.now() - killed.at) / 1000).toFixed(1)} s after the kill` : ''
+    screen.say(screen.green(`${nameOf(path)} came back: attempt ${attempt}, done by ${worker}${since}`))
+  })
+  const progress = await followProgress(bus, listed.length)
+
+  const crew = WORKERS.map((name) => new Crewmate(name, place, (text) => screen.say(`${name}: ${text}`)))
+  undo.push(async () => {
+    await Promise.all(crew.map((mate) => mate.stop()))
+  })
+  await Promise.all(crew.map((mate) => mate.hear('ready', signal)))
+  screen.say(`three workers started, processes ${crew.map(({ pid }) => pid).join(', ')}`)
+
+  screen.say(`package-lock.json lists ${listed.length} packages: for each a row and a job, in one transaction`)
+  const half = Math.ceil(listed.length / 2)
+  for (const found of listed.slice(0, half)) {
+    await addPackage(bus, pool, schemas, found)
+    signal.throwIfAborted()
+  }
+  await until(() => progress.latest !== undefined && progress.latest.results >= half, crew)
+
+  // Every worker is asked to stop before its next commit, so that the one to be killed is at work for certain, and at the
+  // worst moment. Enough jobs are left for all of them: the second half is enqueued only now.
+  const paused = crew.map((mate) => mate.hear('pausing', signal))
+  const holding = crew.map((mate) => mate.hear('holding', signal))
+  for (const mate of crew) mate.tell('pause')
+  const addSecondHalf = Promise.all(paused).then(async () => {
+    for (const found of listed.slice(half)) {
+      await addPackage(bus, pool, schemas, found)
+      signal.throwIfAborted()
+    }
+  })
+  const [held] = await Promise.all([Promise.all(holding), addSecondHalf])
+  screen.say('half-way: every worker pauses before its next commit')
+
+  await addAndRollBack(bus, pool, schemas)
+  screen.say('a transaction with a row and a job is rolled back: neither must exist')
+
+  const victim = crew.findIndex(({ name }) => name === progress.latest?.worker)
+  const { name, pid } = crew[victim]!
+  const { path } = held[victim]!
+  await crew[victim]!.kill()
+  killed = { path, at: performance.now() }
+  screen.say(screen.red(`kill -9 ${pid}: ${name}, which had written the result of ${nameOf(path)} and acked its job, not committed`))
+  for (const mate of crew) mate.tell('go on')
+
+  const stats = await askForStats(bus)
+  screen.say(`asked for "${STATS}", ${stats.worker} answers: ${stats.results} results`)
+
+  const complete = await untilComplete(place, listed.length)
+  screen.endProgress()
+  screen.say(complete ? 'all results are in and added up' : screen.red(`nothing new for ${PATIENCE_MS / 1000} s`))
+
+  const figures = await readFigures(pool, schemas)
+  printReport(screen, listed.length, figures, await readTopLists(pool, schemas))
+  const wrong = complaints(listed.length, figures)
+  for (const complaint of wrong) screen.print(screen.red(`  does not add up: ${complaint}`))
+  if (wrong.length === 0) screen.print(screen.green(`  Everything adds up, after ${screen.seconds} s.`))
+
+  if (keep) {
+    printAfterlife(screen, place)
+    if (place.embedded) await new Promise<void>((resolve) => signal.addEventListener('abort', () => resolve()))
+  }
+  return wrong.length === 0 ? 0 : 1
+}
+
+/** Watches what the elected reporter writes, and shows it. */
+async function followProgress(bus: PostgresBus, total: number): Promise<{ latest: Progress | undefined }> {
+  const state: { latest: Progress | undefined } = { latest: undefined }
+  const watch = await bus.kv.watch(BUCKET, PROGRESS)
+  void (async () => {
+    for await (const change of watch) {
+      if (change.operation !== 'put') continue
+      const progress = decode<Progress>(change.entry.value)
+      const { latest } = state
+      // A holder that lost its lease without noticing may still write; its fence gives it away.
+      if (latest && progress.fence < latest.fence) continue
+      if (progress.fence !== latest?.fence) {
+        screen.say(`${progress.worker} is elected to report the progress (lease with fence ${progress.fence})`)
+      }
+      state.latest = progress
+      screen.progress(progress.results, total, megabytes(progress.bytes))
+    }
+  })()
+  return state
+}
+
+async function askForStats(bus: PostgresBus): Promise<Stats> {
+  return decode<Stats>(await bus.requestReply.request(STATS, '', { timeoutMs: STATS_TIMEOUT_MS, signal: interrupted.signal }))
+}
+
+/** Waits for the last result and for both durables to have added it. @returns false when nothing moves any more */
+async function untilComplete({ pool, schemas }: Place, total: number): Promise<boolean> {
+  let seen = -1
+  let movedAt = performance.now()
+  for (;;) {
+    const { results, installed, licencesCounted, sizesCounted } = await readFigures(pool, schemas)
+    if (results >= total && licencesCounted >= installed && sizesCounted >= results) return true
+    const sum = results + licencesCounted + sizesCounted
+    if (sum !== seen) movedAt = performance.now()
+    else if (performance.now() - movedAt > PATIENCE_MS) return false
+    seen = sum
+    await sleep(100, undefined, { signal: interrupted.signal })
+  }
+}
+
+async function until(condition: () => boolean, crew: readonly Crewmate[]): Promise<void> {
+  while (!condition()) {
+    if (!crew.some(({ alive }) => alive)) throw new Error('no worker is left')
+    await sleep(20, undefined, { signal: interrupted.signal })
+  }
+}
+
+function nameOf(path: string): string {
+  return path.slice(path.lastIndexOf('node_modules/') + 'node_modules/'.length)
+}
+
+/** Takes down what was set up; one step that fails does not keep the others from being done. */
+async function cleanUp(): Promise<void> {
+  for (const step of undo.reverse()) {
+    await step().catch((error) => screen.print(screen.red(`  while cleaning up: ${textOf(error)}`)))
+  }
+}
+
+const INTERRUPTED = 130
+/** A server that does not answer must not keep Ctrl-C from ending this. */
+const GIVE_UP_MS = 10_000
+
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+  // npm passes on a Ctrl-C that the terminal has sent to everybody already: the second one is no other wish.
+  process.on(signal, () => {
+    if (interrupted.signal.aborted) return
+    screen.endProgress()
+    screen.print(screen.dim('  stopping'))
+    interrupted.abort()
+    setTimeout(() => process.exit(INTERRUPTED), GIVE_UP_MS).unref()
+  })
+}
+
+async function main(): Promise<number> {
+  const options = readCommandLine(process.argv.slice(2))
+  if (typeof options === 'string') {
+    process.stdout.write(options)
+    return 0
+  }
+  try {
+    return await run(options)
+  } finally {
+    screen.endProgress()
+    await cleanUp()
+  }
+}
+
+main().then(
+  (code) => {
+    process.exitCode = code
+  },
+  (error: unknown) => {
+    if (interrupted.signal.aborted) {
+      process.exitCode = INTERRUPTED
+    } else {
+      const usage = error instanceof UsageError
+      process.stderr.write(`inventory: ${textOf(error)}${usage ? '; see npm start -- --help' : ''}\n`)
+      process.exitCode = usage ? 2 : 1
+    }
+  },
+)

@@ -1,0 +1,141 @@
+/**
+ * A worker process. It takes jobs, answers `inventory.stats`, and runs for the lease of the reporter. main.ts starts
+ * three: they share nothing but the database.
+ *
+ *     DATABASE_URL=… node worker.ts NAME INVENTORY_SCHEMA BUS_SCHEMA
+ */
+
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+import { decode, encode, isBusError, type Lease, PostgresBus, type PostgresTx, Worker } from 'klieo-bus'
+import type { News, Order } from './crew.ts'
+import { connect, inTransaction, textOf } from './database.ts'
+import { measurePackage } from './packages.ts'
+import { BUCKET, type PackageJob, PROGRESS, type Progress, QUEUE, REPORTER, RESULTS, type Result, STATS, type Stats } from './topics.ts'
+
+/** Short, so that a job comes back soon after its worker was killed. The worker renews it every third of this. */
+const JOB_LEASE_MS = 2_000
+const REPORTER_LEASE_MS = 1_500
+const REPORT_EVERY_MS = 100
+
+const [name = 'worker', inventory = 'inventory', busSchema = 'klieo'] = process.argv.slice(2)
+const project = fileURLToPath(new URL('../../', import.meta.url))
+const pool = connect(process.env.DATABASE_URL ?? '')
+// main.ts has brought the schema up to date.
+const bus = await PostgresBus.connect({ pool, schema: busSchema, migrate: false })
+const stopping = new AbortController()
+
+const worker = new Worker<PostgresTx>(
+  bus.jobs,
+  QUEUE,
+  async (job) => {
+    const { path } = decode<PackageJob>(job.payload)
+    const measured = await measurePackage(project, path)
+    const result: Result = { ...measured, path, worker: name, attempt: job.attempt }
+
+    // The row, the message and the ack of the job take effect together, or not at all. A job may be handed out twice, as
+    // after a crash; what it does happens once, because the ack of a stale claim rejects and takes the row with it.
+    await inTransaction(pool, async (tx) => {
+      await tx.query(
+        `insert into ${inventory}.results (path, worker, attempt, installed, licence, files, bytes, sha256)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)`,
+        [path, name, job.attempt, result.installed, result.licence, result.files, result.bytes, result.sha256],
+      )
+      await bus.pubsub.publish(result.installed ? RESULTS.installed : RESULTS.missing, encode(result), { tx })
+      await job.ack({ tx })
+      await stage.beforeCommit(path)
+    })
+  },
+  {
+    workerId: name,
+    leaseTtlMs: JOB_LEASE_MS,
+    onError: (error, job) => tell({ news: 'trouble', text: `${job ? `job ${job.id}: ` : ''}${textOf(error)}` }),
+  },
+)
+
+const responder = await bus.requestReply.respond(STATS, async () => encode(await readStats()))
+
+async function readStats(): Promise<Stats> {
+  const { rows } = await pool.query<{ results: number; bytes: number }>(
+    `select count(*)::int as results, coalesce(sum(bytes), 0)::float8 as bytes from ${inventory}.results`,
+  )
+  return { worker: name, results: rows[0]!.results, bytes: rows[0]!.bytes }
+}
+
+/** Every worker wants the lease; one at a time has it, and the others wait. A holder that dies loses it when it runs out. */
+async function reportWhenElected(): Promise<void> {
+  const { signal } = stopping
+  while (!signal.aborted) {
+    try {
+      await using lease = await bus.kv.lease(BUCKET, REPORTER, REPORTER_LEASE_MS, { waitMs: 20_000, signal })
+      await report(lease)
+    } catch (error) {
+      if (signal.aborted || isBusError(error, 'closed')) return
+      if (!isBusError(error, 'lease_held') && !isBusError(error, 'lease_lost')) {
+        tell({ news: 'trouble', text: textOf(error) })
+        await sleep(REPORTER_LEASE_MS)
+      }
+    }
+  }
+}
+
+async function report(lease: Lease): Promise<void> {
+  let renewAt = performance.now() + REPORTER_LEASE_MS / 3
+  let written = ''
+  while (!stopping.signal.aborted) {
+    if (performance.now() >= renewAt) {
+      renewAt = performance.now() + REPORTER_LEASE_MS / 3
+      await lease.heartbeat()
+    }
+    const progress: Progress = { ...(await readStats()), fence: lease.fence }
+    const text = JSON.stringify(progress)
+    if (text !== written) await bus.kv.put(BUCKET, PROGRESS, text)
+    written = text
+    await sleep(REPORT_EVERY_MS)
+  }
+}
+
+/**
+ * For the demonstration alone: asked to, the worker stops right before it commits, its result written and its job acked
+ * in the open transaction. There is no worse moment to be killed.
+ */
+const stage = {
+  pause: undefined as PromiseWithResolvers<void> | undefined,
+  async beforeCommit(path: string): Promise<void> {
+    if (!this.pause) return
+    tell({ news: 'holding', path })
+    await this.pause.promise
+  },
+}
+
+function tell(news: News): void {
+  if (process.connected) process.send?.(news)
+}
+
+async function stop(): Promise<void> {
+  stopping.abort()
+  stage.pause?.resolve()
+  await worker.stop({ graceMs: 2_000 })
+  await responder.close()
+  await bus.close()
+  await pool.end()
+  if (process.connected) process.disconnect()
+}
+
+process.on('message', (order: Order) => {
+  if (order === 'pause') {
+    stage.pause ??= Promise.withResolvers()
+    tell({ news: 'pausing' })
+  } else if (order === 'go on') {
+    stage.pause?.resolve()
+    stage.pause = undefined
+  } else {
+    void stop()
+  }
+})
+// Ctrl-C reaches every process of the terminal; main.ts decides what it means. Without main.ts there is nothing to do.
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => {})
+process.on('disconnect', () => process.exit())
+
+void reportWhenElected()
+tell({ news: 'ready' })
