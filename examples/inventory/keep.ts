@@ -11,7 +11,10 @@ export function printAfterlife(screen: Screen, { psql, schemas, embedded }: Plac
     'who did how much, and which job needed a second attempt?',
     `select worker, count(*), max(attempt) from ${inventory}.results group by worker;`,
   )
-  step('what was published last?', `select seq, subject, payload_text from ${bus}.message_details\n  order by seq desc limit 3;`)
+  step(
+    'which messages came last?',
+    `select seq, subject, published_at::time(2) as at, payload_text::json ->> 'path' as path,\n    payload_text::json ->> 'worker' as worker, payload_text::json ->> 'attempt' as attempt\n  from ${bus}.message_details order by seq desc limit 5;`,
+  )
   step(
     'SQL is an interface too: put a job in a queue, and look at the queue.',
     `select ${bus}.enqueue('later', 'hello', run_at => now() + interval '1 hour');\n  select queue, ready, scheduled, running, dead from ${bus}.queue_stats;`,

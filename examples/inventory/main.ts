@@ -44,14 +44,15 @@ async function run({ keep }: Options): Promise<number> {
   const bus = await PostgresBus.connect({ pool, schema: schemas.bus })
   undo.push(() => bus.close())
   await createTables(pool, schemas)
-  screen.say(`${place.description}; tables in schema "${schemas.inventory}", the bus in "${schemas.bus}"`)
+  screen.say(place.description)
+  screen.say(`tables in schema ${schemas.inventory}, the bus in schema ${schemas.bus}`)
   signal.throwIfAborted()
 
   let killed: { readonly path: string; readonly at: number } | undefined
   await startAggregates(bus, pool, schemas, ({ path, attempt, worker }: Result) => {
     if (attempt === 1) return
     const since = killed ? `, ${((performance.now() - killed.at) / 1000).toFixed(1)} s after the kill` : ''
-    screen.say(screen.green(`${nameOf(path)} came back: attempt ${attempt}, done by ${worker}${since}`))
+    screen.say(`${nameOf(path)} came back: attempt ${attempt}, done by ${worker}${since}`, screen.green)
   })
   const progress = await followProgress(bus, listed.length)
 
@@ -62,7 +63,7 @@ async function run({ keep }: Options): Promise<number> {
   await Promise.all(crew.map((mate) => mate.hear('ready', signal)))
   screen.say(`three workers started, processes ${crew.map(({ pid }) => pid).join(', ')}`)
 
-  screen.say(`package-lock.json lists ${listed.length} packages: for each a row and a job, in one transaction`)
+  screen.say(`${listed.length} packages in package-lock.json; each gets a row and a job in one transaction`)
   const half = Math.ceil(listed.length / 2)
   for (const found of listed.slice(0, half)) {
     await addPackage(bus, pool, schemas, found)
@@ -85,14 +86,15 @@ async function run({ keep }: Options): Promise<number> {
   screen.say('half-way: every worker pauses before its next commit')
 
   await addAndRollBack(bus, pool, schemas)
-  screen.say('a transaction with a row and a job is rolled back: neither must exist')
+  screen.say('a transaction with a row and a job is rolled back: neither may exist')
 
   const victim = crew.findIndex(({ name }) => name === progress.latest?.worker)
   const { name, pid } = crew[victim]!
   const { path } = held[victim]!
   await crew[victim]!.kill()
   killed = { path, at: performance.now() }
-  screen.say(screen.red(`kill -9 ${pid}: ${name}, which had written the result of ${nameOf(path)} and acked its job, not committed`))
+  screen.say(`kill -9 ${pid}: ${name}, in the middle of ${nameOf(path)}`, screen.red)
+  screen.say('(result written, job acked, but the transaction was not committed)')
   for (const mate of crew) mate.tell('go on')
 
   const stats = await askForStats(bus)
@@ -100,7 +102,8 @@ async function run({ keep }: Options): Promise<number> {
 
   const complete = await untilComplete(place, listed.length)
   screen.endProgress()
-  screen.say(complete ? 'all results are in and added up' : screen.red(`nothing new for ${PATIENCE_MS / 1000} s`))
+  if (complete) screen.say('all results are in and added up')
+  else screen.say(`nothing new for ${PATIENCE_MS / 1000} s`, screen.red)
 
   const figures = await readFigures(pool, schemas)
   printReport(screen, listed.length, figures, await readTopLists(pool, schemas))
@@ -127,7 +130,7 @@ async function followProgress(bus: PostgresBus, total: number): Promise<{ latest
       // A holder that lost its lease without noticing may still write; its fence gives it away.
       if (latest && progress.fence < latest.fence) continue
       if (progress.fence !== latest?.fence) {
-        screen.say(`${progress.worker} is elected to report the progress (lease with fence ${progress.fence})`)
+        screen.say(`${progress.worker} is elected to report progress (lease with fence ${progress.fence})`)
       }
       state.latest = progress
       screen.progress(progress.results, total, megabytes(progress.bytes))
@@ -145,8 +148,8 @@ async function untilComplete({ pool, schemas }: Place, total: number): Promise<b
   let seen = -1
   let movedAt = performance.now()
   for (;;) {
-    const { results, installed, licencesCounted, sizesCounted } = await readFigures(pool, schemas)
-    if (results >= total && licencesCounted >= installed && sizesCounted >= results) return true
+    const { results, lost, installed, licencesCounted, sizesCounted } = await readFigures(pool, schemas)
+    if (lost === 0 && results >= total && licencesCounted >= installed && sizesCounted >= results) return true
     const sum = results + licencesCounted + sizesCounted
     if (sum !== seen) movedAt = performance.now()
     else if (performance.now() - movedAt > PATIENCE_MS) return false
@@ -169,7 +172,7 @@ function nameOf(path: string): string {
 /** Takes down what was set up; one step that fails does not keep the others from being done. */
 async function cleanUp(): Promise<void> {
   for (const step of undo.reverse()) {
-    await step().catch((error) => screen.print(screen.red(`  while cleaning up: ${textOf(error)}`)))
+    await step().catch((error) => process.stderr.write(`inventory: while cleaning up: ${textOf(error)}\n`))
   }
 }
 
@@ -177,16 +180,18 @@ const INTERRUPTED = 130
 /** A server that does not answer must not keep Ctrl-C from ending this. */
 const GIVE_UP_MS = 10_000
 
-for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+function interrupt(): void {
   // npm passes on a Ctrl-C that the terminal has sent to everybody already: the second one is no other wish.
-  process.on(signal, () => {
-    if (interrupted.signal.aborted) return
-    screen.endProgress()
-    screen.print(screen.dim('  stopping'))
-    interrupted.abort()
-    setTimeout(() => process.exit(INTERRUPTED), GIVE_UP_MS).unref()
-  })
+  if (interrupted.signal.aborted) return
+  screen.print(screen.dim('  stopping'))
+  screen.close()
+  interrupted.abort()
+  setTimeout(() => process.exit(INTERRUPTED), GIVE_UP_MS).unref()
 }
+
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, interrupt)
+// Nobody reads any more: `npm start | head`.
+process.stdout.on('error', interrupt)
 
 async function main(): Promise<number> {
   const options = readCommandLine(process.argv.slice(2))
@@ -197,7 +202,7 @@ async function main(): Promise<number> {
   try {
     return await run(options)
   } finally {
-    screen.endProgress()
+    screen.close()
     await cleanUp()
   }
 }

@@ -35,7 +35,7 @@ export interface Figures {
   readonly sizesBytes: number
 }
 
-export async function readFigures(pool: pg.Pool, { inventory, bus }: Schemas): Promise<Figures> {
+export async function readFigures(pool: pg.Pool | pg.ClientBase, { inventory, bus }: Schemas): Promise<Figures> {
   const { rows } = await pool.query<Figures>(
     `with results as (select * from ${inventory}.results)
      select

@@ -12,6 +12,7 @@ export class Screen {
   readonly #colours: boolean
   #progress = ''
   #plainStep = 0
+  #closed = false
 
   constructor(out: NodeJS.WriteStream = process.stdout) {
     this.#out = out
@@ -24,9 +25,12 @@ export class Screen {
     return ((performance.now() - this.#startedAt) / 1000).toFixed(1)
   }
 
-  /** A stage, in plain words, behind the time. */
-  say(text: string): void {
-    const [first = '', ...rest] = wrap(text, WIDTH - INDENT.length)
+  /**
+   * A stage, in plain words, behind the time.
+   * @param style one of the colours below
+   */
+  say(text: string, style: (text: string) => string = (plain) => plain): void {
+    const [first = '', ...rest] = wrap(text, WIDTH - INDENT.length).map(style)
     this.#write(`${this.dim(`${this.seconds.padStart(5)} s`)}  ${first}\n${rest.map((line) => `${INDENT}${line}\n`).join('')}`)
   }
 
@@ -54,6 +58,13 @@ export class Screen {
     this.#write('')
   }
 
+  /** Nothing is shown any more. */
+  close(): void {
+    if (this.#closed) return
+    this.endProgress()
+    this.#closed = true
+  }
+
   dim = (text: string) => this.#colour('2', text)
   bold = (text: string) => this.#colour('1', text)
   green = (text: string) => this.#colour('32', text)
@@ -65,6 +76,7 @@ export class Screen {
 
   /** The live line is the last one always: taken away, the text written, and put back, in one write, so that nothing flickers. */
   #write(text: string): void {
+    if (this.#closed) return
     this.#out.write(this.#live ? `\r\x1b[K${text}${this.#progress}` : text)
   }
 }
