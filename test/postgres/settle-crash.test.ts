@@ -93,6 +93,42 @@ describe('where the server does not wait for commits by default', () => {
   })
 })
 
+describe('an ack in a prepared transaction', () => {
+  test('J6 and P7 neither the end of the lease nor a crash gives the job or the message to anybody; COMMIT PREPARED ends them', async () => {
+    const running = await start({ max_prepared_transactions: '10' })
+    const { connectionString } = running
+    await using bus = await PostgresBus.connect({ connectionString, maintenance: false, pollIntervalMs: 100 })
+    await using stream = await bus.pubsub.subscribe('s', 'd', { ackWaitMs: 200 })
+    await bus.pubsub.publish('s', 'p')
+    const message = await new Taker(stream).expect()
+    await bus.jobs.enqueue('q', { payload: 'p' })
+    const job = await bus.jobs.claim('q', 'w', 200)
+    await using caller = await session(connectionString)
+    await caller.query('begin')
+    await job!.ack({ tx: caller })
+    await message.ack({ tx: caller })
+    await caller.query(`prepare transaction 'later'`)
+    await stream.close()
+    await crash(running)
+
+    await using other = await PostgresBus.connect({ connectionString, maintenance: false, pollIntervalMs: 100 })
+    await using look = await session(connectionString)
+    await eventually(async () => {
+      const { rows } = await look.query('select bool_and(visible_at < clock_timestamp()) as over from klieo.jobs')
+      return (rows[0] as { over: boolean }).over
+    })
+    await using rival = await other.pubsub.subscribe('s', 'd')
+    const taker = new Taker(rival)
+    expect(await taker.take(500)).toBeNull()
+    expect(await other.jobs.claim('q', 'w', LONG_MS)).toBeNull()
+    await look.query(`commit prepared 'later'`)
+    expect(await taker.take(500)).toBeNull()
+    expect(await other.jobs.claim('q', 'w', LONG_MS)).toBeNull()
+    expect((await look.query('select from klieo.jobs')).rowCount).toBe(0)
+    expect((await look.query('select from klieo.deliveries')).rowCount).toBe(0)
+  })
+})
+
 describe('a server that is killed again and again under load', () => {
   test('J3 and J6 every job has exactly one effect, and the workers go on by themselves', async () => {
     const running = await start({})
