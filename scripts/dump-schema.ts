@@ -107,9 +107,9 @@ if (import.meta.main) {
   const connectionString = url ?? (server?.connectionString as string)
   const schema = `dump_${crypto.randomUUID().replaceAll('-', '')}`
   const client = new pg.Client({ connectionString })
+  await client.connect()
   try {
     await PostgresBus.migrate({ connectionString, schema })
-    await client.connect()
     const text = await dumpSchema(client, schema)
     if (values.print) process.stdout.write(text)
     else await writeFile(SCHEMA_FILE, text)

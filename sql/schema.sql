@@ -529,6 +529,32 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean)
+ RETURNS SETOF integer
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+begin
+  -- Shared: durables may be made side by side, but not beside a prune, which would not know of them.
+  perform pg_advisory_xact_lock_shared(klieo.creation_lock());
+  return query
+    insert into klieo.consumer_offsets as o (durable, filter, pattern, start_seq, start_time, lo)
+    values (create_durable.durable, create_durable.filter, klieo.filter_pattern(create_durable.filter),
+      coalesce(create_durable.start_seq, 0), coalesce(create_durable.start_time, '-infinity'),
+      case when create_durable.start_new then pg_current_snapshot() else '1:1:' end)
+    on conflict (durable) do nothing
+    returning o.id;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.creation_lock()
+ RETURNS bigint
+ LANGUAGE sql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+  select ('x' || left(md5('klieo.creation'), 16))::bit(64)::bigint
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
@@ -669,8 +695,8 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[])
- RETURNS SETOF integer
+CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean DEFAULT false)
+ RETURNS TABLE(n integer, extended boolean)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
@@ -680,20 +706,26 @@ AS $function$
 #variable_conflict use_column
 declare
   m record;
+  v_extended int[] := '{}';
 begin
   for m in
-    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, true)
+    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, extend_deliveries.no_wait)
   loop
     update klieo.deliveries d
     set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[m.n] / 1000.0))
     where d.consumer_id = m.consumer_id and d.seq = m.seq;
+    v_extended := v_extended || m.n;
   end loop;
-  return query
-    select g.n::int
-    from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
-    cross join lateral (
-      select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
-    ) d;
+  return query select e.n, true from unnest(v_extended) as e(n);
+  if extend_deliveries.no_wait then
+    return query
+      select g.n::int, false
+      from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
+      cross join lateral (
+        select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
+      ) d
+      where g.n <> all (v_extended);
+  end if;
 end
 $function$;
 
@@ -762,7 +794,11 @@ begin
       ), sized as (
         select due.seq, m.size, sum(m.size) over (order by due.visible_at, due.seq rows unbounded preceding) as bytes
         from due
-        cross join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m
+        left join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m on true
+      ), vanished as (
+        -- Somebody has deleted the message by hand: it must not be in the way for ever.
+        delete from klieo.deliveries d
+        where d.consumer_id = fetch_messages.consumer and d.seq = any (array(select sized.seq from sized where sized.size is null))
       ), again as (
         update klieo.deliveries d
         set attempt = d.attempt + 1,
@@ -922,7 +958,7 @@ AS $function$
   from unnest(string_to_array(filter, '.')) with ordinality as t(token, n)
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint)
+CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean DEFAULT false)
  RETURNS timestamp with time zone
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
@@ -934,18 +970,12 @@ AS $function$
 declare
   v_until timestamptz;
 begin
-  with mine as materialized (
-    select j.id
-    from klieo.jobs j
-    where j.id = heartbeat_job.id and j.token = heartbeat_job.token
-    for no key update skip locked
-  )
-  update klieo.jobs j
-  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
-  from mine
-  where j.id = mine.id
-  returning j.visible_at into v_until;
-  if not found then
+  if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], heartbeat_job.no_wait)) > 0 then
+    update klieo.jobs j
+    set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+    where j.id = heartbeat_job.id
+    returning j.visible_at into v_until;
+  elsif heartbeat_job.no_wait then
     select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
   end if;
   return v_until;
@@ -1275,6 +1305,10 @@ declare
   v_bound xid8;
   v_count int;
 begin
+  -- Not while a durable is being made that may begin with what is about to go (see create_durable); the next round will do.
+  if not pg_try_advisory_xact_lock(klieo.creation_lock()) then
+    return 0;
+  end if;
   -- Below the oldest transaction that any durable still waits for, everything has been handed out to everybody. A late
   -- commit has an xid above it, however old its published_at.
   select o.xmin into v_bound
@@ -1486,13 +1520,16 @@ CREATE OR REPLACE FUNCTION klieo.rebase()
  LANGUAGE plpgsql
 AS $function$
 begin
+  if not klieo.restored() then
+    return false;
+  end if;
   lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes in access exclusive mode;
   if not klieo.restored() then
     return false;
   end if;
   -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
   insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
-  select o.id, m.tx, m.seq, 0, clock_timestamp()
+  select o.id, m.tx, m.seq, 0, now()
   from klieo.consumer_offsets o
   join klieo.messages m
     on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time
@@ -1553,15 +1590,15 @@ $function$;
 
 CREATE OR REPLACE FUNCTION klieo.restored()
  RETURNS boolean
- LANGUAGE plpgsql
+ LANGUAGE sql
+ STABLE
+ SET enable_seqscan TO 'off'
 AS $function$
-declare
-  v_xmax xid8 := pg_snapshot_xmax(pg_current_snapshot());
-begin
-  -- Snapshots and xids from another cluster's future: nothing would ever be delivered again.
-  return exists (select from klieo.consumer_offsets o where pg_snapshot_xmax(o.lo) > v_xmax or pg_snapshot_xmax(o.hi) > v_xmax)
-    or coalesce((select m.tx >= v_xmax from klieo.messages m order by m.tx desc, m.seq desc limit 1), false);
-end
+  select exists (
+      select from klieo.consumer_offsets o
+      where pg_snapshot_xmax(o.lo) > pg_snapshot_xmax(pg_current_snapshot()) or pg_snapshot_xmax(o.hi) > pg_snapshot_xmax(pg_current_snapshot())
+    )
+    or coalesce((select m.tx >= pg_snapshot_xmax(pg_current_snapshot()) from klieo.messages m order by m.tx desc, m.seq desc limit 1), false)
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.retry_dead(queue text, id bigint DEFAULT NULL::bigint)
@@ -1952,6 +1989,10 @@ comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a 
 
 comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
+comment on function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean) is 'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
+
+comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
+
 comment on function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean) is 'Makes jobs dead, each for its reason; answers those whose token was still valid.';
 
 comment on function klieo.dedup_lives(bucket text, value bytea) is 'Whether an idempotency record is kept alive by its job.';
@@ -1960,13 +2001,13 @@ comment on function klieo.enqueue(queue text, payload bytea, headers jsonb, dedu
 
 comment on function klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[]) is 'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
-comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, never shortening one and never waiting; answers the positions of those whose token is still valid.';
+comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean) is 'Restarts visibility timeouts, never shortening one; answers the positions of those whose token is still valid, and whether they were extended.';
 
 comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 
 comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
 
-comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
 
 comment on function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint) is 'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
 

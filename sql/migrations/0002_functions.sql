@@ -202,6 +202,31 @@ end
 $$;
 comment on function klieo.window_has_message(pg_snapshot, pg_snapshot) is 'Whether hi sees any message that lo does not.';
 
+create function klieo.creation_lock() returns bigint
+language sql immutable parallel safe as $$
+  select ('x' || left(md5('klieo.creation'), 16))::bit(64)::bigint
+$$;
+comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
+
+create function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamptz, start_new boolean)
+returns setof int
+language plpgsql as $$
+#variable_conflict use_column
+begin
+  -- Shared: durables may be made side by side, but not beside a prune, which would not know of them.
+  perform pg_advisory_xact_lock_shared(klieo.creation_lock());
+  return query
+    insert into klieo.consumer_offsets as o (durable, filter, pattern, start_seq, start_time, lo)
+    values (create_durable.durable, create_durable.filter, klieo.filter_pattern(create_durable.filter),
+      coalesce(create_durable.start_seq, 0), coalesce(create_durable.start_time, '-infinity'),
+      case when create_durable.start_new then pg_current_snapshot() else '1:1:' end)
+    on conflict (durable) do nothing
+    returning o.id;
+end
+$$;
+comment on function klieo.create_durable(text, text, bigint, timestamptz, boolean) is
+  'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
+
 -- Hands out messages of a durable: first what is due again, then what is new.
 --
 -- The transaction must not have written: its own xid would look finished in its own snapshot, and what it publishes after
@@ -275,7 +300,11 @@ begin
       ), sized as (
         select due.seq, m.size, sum(m.size) over (order by due.visible_at, due.seq rows unbounded preceding) as bytes
         from due
-        cross join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m
+        left join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m on true
+      ), vanished as (
+        -- Somebody has deleted the message by hand: it must not be in the way for ever.
+        delete from klieo.deliveries d
+        where d.consumer_id = fetch_messages.consumer and d.seq = any (array(select sized.seq from sized where sized.size is null))
       ), again as (
         update klieo.deliveries d
         set attempt = d.attempt + 1,
@@ -558,8 +587,9 @@ $$;
 comment on function klieo.ack_deliveries(int[], bigint[], uuid[], boolean) is
   'Ends deliveries; answers the positions of those whose token was still valid.';
 
--- A row that is locked and still has our token is held by an ack in an open transaction: its holder is the holder.
-create function klieo.extend_deliveries(consumers int[], seqs bigint[], tokens uuid[], waits_ms bigint[]) returns setof int
+-- Waits as heartbeat_job does, and as it extends nothing of what an ack in an open transaction holds.
+create function klieo.extend_deliveries(consumers int[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean default false)
+returns table (n int, extended boolean)
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -568,24 +598,30 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   m record;
+  v_extended int[] := '{}';
 begin
   for m in
-    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, true)
+    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, extend_deliveries.no_wait)
   loop
     update klieo.deliveries d
     set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[m.n] / 1000.0))
     where d.consumer_id = m.consumer_id and d.seq = m.seq;
+    v_extended := v_extended || m.n;
   end loop;
-  return query
-    select g.n::int
-    from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
-    cross join lateral (
-      select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
-    ) d;
+  return query select e.n, true from unnest(v_extended) as e(n);
+  if extend_deliveries.no_wait then
+    return query
+      select g.n::int, false
+      from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
+      cross join lateral (
+        select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
+      ) d
+      where g.n <> all (v_extended);
+  end if;
 end
 $$;
-comment on function klieo.extend_deliveries(int[], bigint[], uuid[], bigint[]) is
-  'Restarts visibility timeouts, never shortening one and never waiting; answers the positions of those whose token is still valid.';
+comment on function klieo.extend_deliveries(int[], bigint[], uuid[], bigint[], boolean) is
+  'Restarts visibility timeouts, never shortening one; answers the positions of those whose token is still valid, and whether they were extended.';
 
 create function klieo.release_deliveries(consumers int[], seqs bigint[], tokens uuid[]) returns setof int
 language plpgsql
@@ -1192,9 +1228,9 @@ $$;
 comment on function klieo.dead_letter_jobs(bigint[], uuid[], text[], boolean) is
   'Makes jobs dead, each for its reason; answers those whose token was still valid.';
 
--- A heartbeat must not wait behind an ack in somebody's open transaction, so it passes over a locked row. A row that is
--- locked and still has our token is held by such an ack (nobody claims before the lease is over): the holder is the holder.
-create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint) returns timestamptz
+-- A heartbeat waits for a claim that is about to commit, but not behind an ack in somebody's open transaction: for its own the
+-- holder asks with no_wait, and a row that is locked and still has our token is then held by that ack. Nothing is extended.
+create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean default false) returns timestamptz
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -1204,24 +1240,18 @@ set jit = off as $$
 declare
   v_until timestamptz;
 begin
-  with mine as materialized (
-    select j.id
-    from klieo.jobs j
-    where j.id = heartbeat_job.id and j.token = heartbeat_job.token
-    for no key update skip locked
-  )
-  update klieo.jobs j
-  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
-  from mine
-  where j.id = mine.id
-  returning j.visible_at into v_until;
-  if not found then
+  if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], heartbeat_job.no_wait)) > 0 then
+    update klieo.jobs j
+    set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+    where j.id = heartbeat_job.id
+    returning j.visible_at into v_until;
+  elsif heartbeat_job.no_wait then
     select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
   end if;
   return v_until;
 end
 $$;
-comment on function klieo.heartbeat_job(bigint, uuid, bigint) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+comment on function klieo.heartbeat_job(bigint, uuid, bigint, boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
 
 create function klieo.retry_dead(queue text, id bigint default null) returns bigint
 language plpgsql as $$
@@ -1276,6 +1306,10 @@ declare
   v_bound xid8;
   v_count int;
 begin
+  -- Not while a durable is being made that may begin with what is about to go (see create_durable); the next round will do.
+  if not pg_try_advisory_xact_lock(klieo.creation_lock()) then
+    return 0;
+  end if;
   -- Below the oldest transaction that any durable still waits for, everything has been handed out to everybody. A late
   -- commit has an xid above it, however old its published_at.
   select o.xmin into v_bound
@@ -1398,28 +1432,31 @@ end
 $$;
 comment on function klieo.live_responders(text) is 'Whether any live process answers requests on the subject.';
 
+-- Stable: the snapshot and the rows are of one moment. In two statements a commit in between would look like the future.
 create function klieo.restored() returns boolean
-language plpgsql as $$
-declare
-  v_xmax xid8 := pg_snapshot_xmax(pg_current_snapshot());
-begin
-  -- Snapshots and xids from another cluster's future: nothing would ever be delivered again.
-  return exists (select from klieo.consumer_offsets o where pg_snapshot_xmax(o.lo) > v_xmax or pg_snapshot_xmax(o.hi) > v_xmax)
-    or coalesce((select m.tx >= v_xmax from klieo.messages m order by m.tx desc, m.seq desc limit 1), false);
-end
+language sql stable
+set enable_seqscan = off as $$
+  select exists (
+      select from klieo.consumer_offsets o
+      where pg_snapshot_xmax(o.lo) > pg_snapshot_xmax(pg_current_snapshot()) or pg_snapshot_xmax(o.hi) > pg_snapshot_xmax(pg_current_snapshot())
+    )
+    or coalesce((select m.tx >= pg_snapshot_xmax(pg_current_snapshot()) from klieo.messages m order by m.tx desc, m.seq desc limit 1), false)
 $$;
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 
 create function klieo.rebase() returns boolean
 language plpgsql as $$
 begin
+  if not klieo.restored() then
+    return false;
+  end if;
   lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes in access exclusive mode;
   if not klieo.restored() then
     return false;
   end if;
   -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
   insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
-  select o.id, m.tx, m.seq, 0, clock_timestamp()
+  select o.id, m.tx, m.seq, 0, now()
   from klieo.consumer_offsets o
   join klieo.messages m
     on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time

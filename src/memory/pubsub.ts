@@ -122,7 +122,7 @@ export class MemoryPubsub implements Pubsub {
       },
       extend: async (delivery) => {
         await store.turn()
-        return log.extend(delivery, subscription.ackWaitMs)
+        return log.extend(delivery, subscription.ackWaitMs) ? 'extended' : 'lost'
       },
       release: async (deliveries) => {
         await store.turn()

@@ -29,6 +29,6 @@ export const DEAD_LETTER_JOBS = `
 export const RELEASE_JOBS = `
   select id::text as id from klieo.release_jobs($1::text::bigint[], $2::text::uuid[]) as id`
 
-/** $1 id, $2 token, $3 lease in ms */
+/** $1 id, $2 token, $3 lease in ms, $4 whether to pass over a locked row */
 export const HEARTBEAT_JOB = `
-  select extract(epoch from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3)) * 1000 as expires_at_ms`
+  select extract(epoch from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3, $4)) * 1000 as expires_at_ms`

@@ -66,6 +66,7 @@ interface Nak {
 export class PostgresJobs implements JobQueue<PostgresTx> {
   readonly #context: Context
   readonly #held = new Set<HeldJob<PgClaim, PostgresTx>>()
+  readonly #claims = new Set<Promise<unknown>>()
   readonly #enqueues: Batcher<Enqueue, JobId>
   readonly #acks: Batcher<PgClaim, boolean>
   readonly #naks: Batcher<Nak, boolean>
@@ -127,7 +128,9 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       signal,
       ear: bell.listen({ kind: 'queue', name: queue }),
       attempt: async () => {
-        const jobs = await this.#claim(queue, workerId, leaseTtlMs, limit)
+        const claim = this.#claim(queue, workerId, leaseTtlMs, limit)
+        this.#claims.add(claim)
+        const jobs = await claim.finally(() => this.#claims.delete(claim))
         return jobs.length > 0 ? jobs : undefined
       },
       pauseMs: async () => {
@@ -139,6 +142,8 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   }
 
   async close(): Promise<void> {
+    // What a claim under way brings is handed back, too.
+    await Promise.allSettled(this.#claims)
     await Promise.all([...this.#held].map((job) => job.handBack()))
   }
 
@@ -173,8 +178,6 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
         ),
     )
     for (const job of jobs) this.#held.add(job)
-    // The bus closed while the claim was under way.
-    if (this.#context.isClosed()) await this.close()
     return jobs
   }
 
@@ -198,10 +201,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       if (done) this.#context.ringer.ring([deadLetterTopic(claim.queue)])
       return done === true
     },
-    heartbeat: async (claim, ttlMs) => {
+    heartbeat: async (claim, ttlMs, noWait) => {
       const [row] = await this.#context.db.query<{ expires_at_ms: string | null }>(
         HEARTBEAT_JOB,
-        [claim.id, claim.token, ttlMs],
+        [claim.id, claim.token, ttlMs, noWait],
         'heartbeat',
       )
       return row?.expires_at_ms == null ? null : new Date(Number(row.expires_at_ms))

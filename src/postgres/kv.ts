@@ -69,6 +69,7 @@ interface EntryRow extends Row {
 export class PostgresKv implements KvStore<PostgresTx> {
   readonly #context: Context
   readonly #watches = new Set<ChangeWatch>()
+  readonly #grants = new Set<Promise<unknown>>()
   readonly #leases = new Map<HeldLease, () => Promise<void>>()
 
   constructor(context: Context) {
@@ -179,7 +180,11 @@ export class PostgresKv implements KvStore<PostgresTx> {
       waitMs,
       signal,
       ear: bell.listen({ kind: 'lease', name: `${bucket}/${key}` }),
-      attempt: () => this.#lease(bucket, key, ttlMs),
+      attempt: () => {
+        const grant = this.#lease(bucket, key, ttlMs)
+        this.#grants.add(grant)
+        return grant.finally(() => this.#grants.delete(grant))
+      },
       pauseMs: async () => {
         const [row] = await db.query<{ left_ms: string }>(LEASE_LEFT, [bucket, key], 'lease')
         // A little later than it ends: the server's clock is the one that counts.
@@ -195,6 +200,8 @@ export class PostgresKv implements KvStore<PostgresTx> {
   }
 
   async close(): Promise<void> {
+    // What a grant under way brings is handed back, too.
+    await Promise.allSettled(this.#grants)
     await Promise.all([...[...this.#watches].map((watch) => watch.close()), ...[...this.#leases.values()].map((handBack) => handBack())])
   }
 
@@ -308,8 +315,6 @@ export class PostgresKv implements KvStore<PostgresTx> {
       await release().catch(() => {}) // it ends by itself
     })
     lease.signal.addEventListener('abort', () => this.#leases.delete(lease), { once: true })
-    // The bus closed while the grant was under way.
-    if (this.#context.isClosed()) await this.close()
     return lease
   }
 }

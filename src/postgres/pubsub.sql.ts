@@ -7,12 +7,8 @@ export const PUBLISH = `
 
 /** $1 name, $2 filter, $3 start seq, $4 start time in ms or null, $5 whether to start with what comes. Answers nothing if it exists. */
 export const CREATE_DURABLE = `
-  insert into klieo.consumer_offsets (durable, filter, pattern, start_seq, start_time, lo)
-  values ($1, $2, klieo.filter_pattern($2), $3,
-    coalesce(to_timestamp($4::double precision / 1000), '-infinity'),
-    case when $5::boolean then pg_current_snapshot() else '1:1:' end)
-  on conflict (durable) do nothing
-  returning id, filter`
+  select id
+  from klieo.create_durable($1, $2, $3, to_timestamp($4::double precision / 1000), $5) as id`
 
 export const FIND_DURABLE = `
   select id, filter from klieo.consumer_offsets where durable = $1`
@@ -43,10 +39,10 @@ export const NAK = `
   select n::text as n
   from klieo.nak_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[], $5::text::boolean) as n`
 
-/** $1 consumers, $2 seqs, $3 tokens, $4 ack waits in ms */
+/** $1 consumers, $2 seqs, $3 tokens, $4 ack waits in ms, $5 whether to pass over locked rows */
 export const EXTEND = `
-  select n::text as n
-  from klieo.extend_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[]) as n`
+  select n::text as n, extended
+  from klieo.extend_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[], $5::text::boolean)`
 
 /** $1 consumers, $2 seqs, $3 tokens */
 export const RELEASE = `

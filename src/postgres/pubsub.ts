@@ -20,6 +20,7 @@ import {
 } from '../core/index.ts'
 import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
+import type { Extension } from '../runtime/settlement.ts'
 import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
 import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
@@ -62,7 +63,7 @@ interface Nak {
   readonly delayMs: number
 }
 
-interface Extension {
+interface Wait {
   readonly delivery: PgDelivery
   readonly ackWaitMs: number
 }
@@ -73,7 +74,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   readonly #publishes: Batcher<CheckedMessage, PubAck>
   readonly #acks: Batcher<PgDelivery, boolean>
   readonly #naks: Batcher<Nak, boolean>
-  readonly #extensions: Batcher<Extension, boolean>
+  readonly #extensions: Batcher<Wait, Extension>
 
   constructor(context: Context) {
     this.#context = context
@@ -83,7 +84,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     })
     this.#acks = new Batcher((deliveries) => this.#ack(deliveries))
     this.#naks = new Batcher((naks) => this.#nak(naks, false))
-    this.#extensions = new Batcher((extensions) => this.#extend(extensions))
+    this.#extensions = new Batcher((extensions) => this.#extend(extensions, false))
   }
 
   async publish(subject: string, payload: Payload, options: PublishOptions<PostgresTx> = {}): Promise<PubAck> {
@@ -198,7 +199,9 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       },
       term: async (delivery, _reason, noWait) =>
         noWait ? (await this.#settle(ACK, [delivery], ['true'], 'term'))[0] === true : this.#acks.add(delivery),
-      extend: (delivery) => this.#extensions.add({ delivery, ackWaitMs }),
+      // An ack in a caller's transaction may hold the row: nobody else's extension is in a batch with it.
+      extend: async (delivery, noWait) =>
+        noWait ? ((await this.#extend([{ delivery, ackWaitMs }], true))[0] as Extension) : this.#extensions.add({ delivery, ackWaitMs }),
       release: async (deliveries) => {
         await this.#context.db.query(RELEASE, keys(deliveries), 'release')
         ring()
@@ -220,7 +223,8 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     )
     const end = rows.pop()
     // In a transaction of its own: what is published beside a cursor that moves is lost to it.
-    if (end?.final_due) await this.#bury(consumer, durable)
+    // If it fails, what was fetched is still to be handed out: the next fetch tells again.
+    if (end?.final_due) await this.#bury(consumer, durable).catch(() => {})
     const deliveries = rows.map(
       (row): PgDelivery => ({
         consumer,
@@ -268,9 +272,13 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     return this.#settle(NAK, deliveries, [pgArray(naks.map(({ delayMs }) => delayMs)), String(noWait)], 'nak')
   }
 
-  #extend(extensions: readonly Extension[]): Promise<boolean[]> {
+  async #extend(extensions: readonly Wait[], noWait: boolean): Promise<Extension[]> {
     const deliveries = extensions.map(({ delivery }) => delivery)
-    return this.#settle(EXTEND, deliveries, [pgArray(extensions.map(({ ackWaitMs }) => ackWaitMs))], 'extend')
+    const waits = pgArray(extensions.map(({ ackWaitMs }) => ackWaitMs))
+    const values = [...keys(deliveries), waits, String(noWait)]
+    const rows = await this.#context.db.query<{ n: string; extended: boolean }>(EXTEND, values, 'extend')
+    const found = new Map(rows.map(({ n, extended }) => [Number(n), extended ? 'extended' : 'held'] as const))
+    return deliveries.map((_, index) => found.get(index + 1) ?? 'lost')
   }
 
   /** @returns for each delivery whether its token was still valid */

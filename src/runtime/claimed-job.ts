@@ -33,8 +33,11 @@ export interface ClaimBackend<C, Tx> {
   ack(claim: C, tx: Tx | undefined, noWait: boolean): Promise<boolean>
   nak(claim: C, delayMs: number, error: string | undefined, noWait: boolean): Promise<boolean>
   deadLetter(claim: C, reason: string, noWait: boolean): Promise<boolean>
-  /** The new expiry, or `null` when somebody else claimed it or it is gone. Never waits for an open transaction. */
-  heartbeat(claim: C, ttlMs: number): Promise<Date | null>
+  /**
+   * The expiry, or `null` when somebody else claimed it or it is gone.
+   * @param noWait do not wait for who has locked the job: where it is still the holder's, answer its expiry as it is
+   */
+  heartbeat(claim: C, ttlMs: number, noWait: boolean): Promise<Date | null>
   /** Claimable again at once. */
   release(claim: C): Promise<void>
 }
@@ -70,7 +73,7 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
       {
         heartbeat: () => {
           if (context.isClosed()) throw closedError('the bus')
-          return backend.heartbeat(claim, ttlMs)
+          return backend.heartbeat(claim, ttlMs, this.#settlement.inTransaction)
         },
         release: async () => {
           if (!this.#settlement.abandon()) return
@@ -79,6 +82,7 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
         },
       },
     )
+    this.#lease.signal.addEventListener('abort', () => context.onEnd(this), { once: true })
   }
 
   get id(): string {
@@ -107,7 +111,9 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
     if (this.#context.isClosed()) throw closedError('the bus')
     const { clock, ttlMs } = this.#context
     const askedAt = clock.now()
+    const before = this.#lease.expiresAt
     await this.#lease.heartbeat()
+    if (this.#lease.expiresAt <= before) return
     this.#settlement.deadline = Math.max(this.#settlement.deadline, askedAt + ttlMs)
   }
 
@@ -148,8 +154,9 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
   async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>): Promise<void> {
     if (this.#context.isClosed()) throw closedError('the bus')
     await this.#settlement.settle(inTransaction, settle)
-    if (inTransaction) return // it may be rolled back: the lease goes on
-    this.#lease.end()
+    // In a transaction it may still be rolled back: then the lease goes on.
+    if (inTransaction) this.#lease.protect()
+    else this.#lease.end()
     this.#context.onEnd(this)
   }
 }

@@ -57,7 +57,8 @@ export class HeldLease implements Lease {
       this.lost(error)
       throw error
     }
-    if (this.#ended) return
+    // Not extended (an ack in an open transaction holds the row): nothing moves.
+    if (this.#ended || expiresAt <= this.#expiresAt) return
     this.#expiresAt = expiresAt
     this.#cancelTimer()
     this.#cancelTimer = this.#watch(askedAt)
@@ -72,6 +73,11 @@ export class HeldLease implements Lease {
       // The bus hands back what is held when it closes.
       if (!isBusError(error, 'closed')) throw error
     }
+  }
+
+  /** An ack in the caller's transaction protects it: whatever its expiry, nobody else gets it before that ends. */
+  protect(): void {
+    this.#cancelTimer()
   }
 
   /** No longer held, and nobody needs to be told. */

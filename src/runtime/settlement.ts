@@ -22,12 +22,16 @@ const MAX_TRIES = 5
  */
 export type Settle = (noWait: boolean) => Promise<boolean>
 
+/** `held`: nothing was extended, since an ack in the caller's open transaction holds the row. */
+export type Extension = 'extended' | 'held' | 'lost'
+
 export class Settlement {
   readonly #what: string
   readonly #clock: Clock
   /** Local time at which the server may have given it to somebody else. */
   deadline: number
   #state: 'open' | 'settling' | 'in-tx' | 'settled' = 'open'
+  #triedInTransaction = false
 
   constructor(what: string, clock: Clock, deadline: number) {
     this.#what = what
@@ -43,11 +47,17 @@ export class Settlement {
     return this.#state === 'settled'
   }
 
+  /** A transaction of the caller's may hold the row: whoever waited for it could wait for himself. */
+  get inTransaction(): boolean {
+    return this.#triedInTransaction
+  }
+
   /** @throws already_settled, lease_lost */
   async settle(inTransaction: boolean, settle: Settle): Promise<void> {
     const before = this.#state
     if (before === 'settled' || before === 'settling') throw alreadySettled(this.#what)
     this.#state = 'settling'
+    if (inTransaction) this.#triedInTransaction = true
     try {
       const done = inTransaction ? await settle(before === 'in-tx') : await this.#insist(() => settle(before === 'in-tx'))
       if (!done) throw before === 'in-tx' ? alreadySettled(this.#what) : leaseLost(this.#what)
@@ -58,12 +68,13 @@ export class Settlement {
     }
   }
 
-  /** Extends; never counts as a settlement. @throws already_settled, lease_lost */
-  async extend(forMs: number, extend: () => Promise<boolean>): Promise<void> {
+  /** Extends; never counts as a settlement. The deadline moves on only by what the server did. @throws already_settled, lease_lost */
+  async extend(forMs: number, extend: (noWait: boolean) => Promise<Extension>): Promise<void> {
     if (this.#state === 'settled' || this.#state === 'settling') throw alreadySettled(this.#what)
     const sent = this.#clock.now()
-    if (!(await extend())) throw leaseLost(this.#what)
-    this.deadline = Math.max(this.deadline, sent + forMs)
+    const extension = await extend(this.#triedInTransaction)
+    if (extension === 'lost') throw leaseLost(this.#what)
+    if (extension === 'extended') this.deadline = Math.max(this.deadline, sent + forMs)
   }
 
   /** Marks it as given back by the bus itself. */

@@ -27,7 +27,7 @@ import {
 import { jittered, reconnectDelayMs } from './backoff.ts'
 import type { Ear } from './bell.ts'
 import type { Clock } from './clock.ts'
-import { Settlement } from './settlement.ts'
+import { type Extension, Settlement } from './settlement.ts'
 
 /** One handed-out message as a backend fetched it. */
 export interface Delivery {
@@ -54,7 +54,7 @@ export interface DeliveryBackend<D, Tx> {
   ack(delivery: D, tx: Tx | undefined, noWait: boolean): Promise<boolean>
   nak(delivery: D, delayMs: number, noWait: boolean): Promise<boolean>
   term(delivery: D, reason: string | undefined, noWait: boolean): Promise<boolean>
-  extend(delivery: D): Promise<boolean>
+  extend(delivery: D, noWait: boolean): Promise<Extension>
   /** Hands back without counting the attempt. */
   release(deliveries: readonly D[]): Promise<void>
 }
@@ -353,7 +353,7 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
 
   async extend(): Promise<void> {
     this.#checkOpen()
-    await this.#held.settlement.extend(this.#options.ackWaitMs, () => this.#options.backend.extend(this.#held.delivery))
+    await this.#held.settlement.extend(this.#options.ackWaitMs, (noWait) => this.#options.backend.extend(this.#held.delivery, noWait))
   }
 
   async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>, again = false): Promise<void> {
