@@ -12,7 +12,7 @@ import { Crewmate } from './crew.ts'
 import { createTables, textOf } from './database.ts'
 import { addAndRollBack, addPackage } from './enqueue.ts'
 import { printAfterlife } from './keep.ts'
-import { readLockFile } from './packages.ts'
+import { type LockedPackage, readLockFile } from './packages.ts'
 import { findPlace, type Place } from './place.ts'
 import { complaints, printReport, readFigures, readTopLists } from './report.ts'
 import { megabytes, Screen } from './screen.ts'
@@ -20,7 +20,7 @@ import { BUCKET, PROGRESS, type Progress, type Result, STATS, type Stats } from 
 
 const WORKERS = ['worker-1', 'worker-2', 'worker-3']
 const STATS_TIMEOUT_MS = 5_000
-/** Without a new result for so long, the run is over and the report says what is missing. */
+/** When nothing moves for so long, the run is over. */
 const PATIENCE_MS = 30_000
 
 const project = fileURLToPath(new URL('../../', import.meta.url))
@@ -51,8 +51,8 @@ async function run({ keep }: Options): Promise<number> {
   let killed: { readonly path: string; readonly at: number } | undefined
   await startAggregates(bus, pool, schemas, ({ path, attempt, worker }: Result) => {
     if (attempt === 1) return
-    const since = killed ? `, ${((performance.now() - killed.at) / 1000).toFixed(1)} s after the kill` : ''
-    screen.say(`${nameOf(path)} came back: attempt ${attempt}, done by ${worker}${since}`, screen.green)
+    const since = killed ? `, ${((performance.now() - killed.at) / 1000).toFixed(1)} s later` : ''
+    screen.say(`${nameOf(path)} came back: attempt ${attempt} by ${worker}${since}`, screen.green)
   })
   const progress = await followProgress(bus, listed.length)
 
@@ -63,25 +63,23 @@ async function run({ keep }: Options): Promise<number> {
   await Promise.all(crew.map((mate) => mate.hear('ready', signal)))
   screen.say(`three workers started, processes ${crew.map(({ pid }) => pid).join(', ')}`)
 
-  screen.say(`${listed.length} packages in package-lock.json; each gets a row and a job in one transaction`)
-  const half = Math.ceil(listed.length / 2)
-  for (const found of listed.slice(0, half)) {
-    await addPackage(bus, pool, schemas, found)
-    signal.throwIfAborted()
+  screen.say(`${listed.length} packages listed: for each a row and a job, in one transaction`)
+  const addAll = async (packages: readonly LockedPackage[]) => {
+    for (const found of packages) {
+      await addPackage(bus, pool, schemas, found)
+      signal.throwIfAborted()
+    }
   }
-  await until(() => progress.latest !== undefined && progress.latest.results >= half, crew)
+  const half = Math.ceil(listed.length / 2)
+  await addAll(listed.slice(0, half))
+  await untilReported(progress, half)
 
   // Every worker is asked to stop before its next commit, so that the one to be killed is at work for certain, and at the
   // worst moment. Enough jobs are left for all of them: the second half is enqueued only now.
   const paused = crew.map((mate) => mate.hear('pausing', signal))
   const holding = crew.map((mate) => mate.hear('holding', signal))
   for (const mate of crew) mate.tell('pause')
-  const addSecondHalf = Promise.all(paused).then(async () => {
-    for (const found of listed.slice(half)) {
-      await addPackage(bus, pool, schemas, found)
-      signal.throwIfAborted()
-    }
-  })
+  const addSecondHalf = Promise.all(paused).then(() => addAll(listed.slice(half)))
   const [held] = await Promise.all([Promise.all(holding), addSecondHalf])
   screen.say('half-way: every worker pauses before its next commit')
 
@@ -118,25 +116,39 @@ async function run({ keep }: Options): Promise<number> {
   return wrong.length === 0 ? 0 : 1
 }
 
+interface Reported {
+  latest: Progress | undefined
+  at: number
+}
+
 /** Watches what the elected reporter writes, and shows it. */
-async function followProgress(bus: PostgresBus, total: number): Promise<{ latest: Progress | undefined }> {
-  const state: { latest: Progress | undefined } = { latest: undefined }
+async function followProgress(bus: PostgresBus, total: number): Promise<Reported> {
+  const reported: Reported = { latest: undefined, at: performance.now() }
   const watch = await bus.kv.watch(BUCKET, PROGRESS)
-  void (async () => {
+  const follow = async () => {
     for await (const change of watch) {
       if (change.operation !== 'put') continue
       const progress = decode<Progress>(change.entry.value)
-      const { latest } = state
+      const { latest } = reported
       // A holder that lost its lease without noticing may still write; its fence gives it away.
       if (latest && progress.fence < latest.fence) continue
       if (progress.fence !== latest?.fence) {
         screen.say(`${progress.worker} is elected to report progress (lease with fence ${progress.fence})`)
       }
-      state.latest = progress
+      reported.latest = progress
+      reported.at = performance.now()
       screen.progress(progress.results, total, megabytes(progress.bytes))
     }
-  })()
-  return state
+  }
+  follow().catch((error) => screen.say(`the progress is not shown any more: ${textOf(error)}`))
+  return reported
+}
+
+async function untilReported(reported: Reported, results: number): Promise<void> {
+  while ((reported.latest?.results ?? 0) < results) {
+    if (performance.now() - reported.at > PATIENCE_MS) throw new Error(`no worker has reported anything for ${PATIENCE_MS / 1000} s`)
+    await sleep(20, undefined, { signal: interrupted.signal })
+  }
 }
 
 async function askForStats(bus: PostgresBus): Promise<Stats> {
@@ -155,13 +167,6 @@ async function untilComplete({ pool, schemas }: Place, total: number): Promise<b
     else if (performance.now() - movedAt > PATIENCE_MS) return false
     seen = sum
     await sleep(100, undefined, { signal: interrupted.signal })
-  }
-}
-
-async function until(condition: () => boolean, crew: readonly Crewmate[]): Promise<void> {
-  while (!condition()) {
-    if (!crew.some(({ alive }) => alive)) throw new Error('no worker is left')
-    await sleep(20, undefined, { signal: interrupted.signal })
   }
 }
 

@@ -22,7 +22,10 @@ const [name = 'worker', inventory = 'inventory', busSchema = 'klieo'] = process.
 const project = fileURLToPath(new URL('../../', import.meta.url))
 const pool = connect(process.env.DATABASE_URL ?? '')
 // main.ts has brought the schema up to date.
-const bus = await PostgresBus.connect({ pool, schema: busSchema, migrate: false })
+const bus = await PostgresBus.connect({ pool, schema: busSchema, migrate: false }).catch((error: unknown) => {
+  process.stderr.write(`${name}: ${textOf(error)}\n`)
+  process.exit(1)
+})
 const stopping = new AbortController()
 
 const worker = new Worker<PostgresTx>(
