@@ -316,10 +316,12 @@ describe('any interleaving', () => {
         for (const text of [...tx.texts, ...(tx.savepoint ?? [])]) committed.add(text)
       }
       // Everything is committed: what is left comes without another publish.
-      for (;;) {
-        const fetched = await fetchIn(observer, schema, durable, { maxMessages: 50 })
-        if (fetched.length === 0) break
-        keep(fetched)
+      for (let pending = 1, rounds = 0; pending > 0 && rounds < 1_000; rounds++) {
+        keep(await fetchIn(observer, schema, durable, { maxMessages: 50 }))
+        const { rows } = await observer.query<{ pending: string }>(`select pending from ${schema}.consumer_stats where durable = $1`, [
+          durable,
+        ])
+        pending = Number(rows[0]?.pending)
       }
       acked.push(...texts(await ackIn(observer, schema, durable, unsettled)))
     } finally {
