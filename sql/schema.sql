@@ -87,6 +87,12 @@ create table klieo.kv_entries (
   constraint kv_entries_value_size CHECK ((octet_length(value) <= 8388608))
 ) with (fillfactor=70, autovacuum_vacuum_scale_factor=0.01, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
 
+create table klieo.kv_horizons (
+  at timestamp with time zone not null,
+  tx xid8 not null,
+  constraint kv_horizons_pkey PRIMARY KEY (at)
+);
+
 create table klieo.kv_leases (
   bucket text collate "C" not null,
   key text collate "C" not null,
@@ -555,6 +561,25 @@ AS $function$
   select ('x' || left(md5('klieo.creation'), 16))::bit(64)::bigint
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.cursor_snapshot()
+ RETURNS pg_snapshot
+ LANGUAGE plpgsql
+AS $function$
+declare
+  v_own xid8 := pg_current_xact_id_if_assigned();
+  v_now pg_snapshot := pg_current_snapshot();
+begin
+  -- A transaction is not among the running ones of its own snapshot: with a later one ended it looks ended itself, and what it
+  -- published afterwards would never be delivered.
+  if v_own is null or v_own >= pg_snapshot_xmax(v_now) then
+    return v_now;
+  end if;
+  return (
+    select format('%s:%s:%s', least(pg_snapshot_xmin(v_now), v_own), pg_snapshot_xmax(v_now), string_agg(r.tx::text, ',' order by r.tx))::pg_snapshot
+    from (select pg_snapshot_xip(v_now) as tx union select v_own) r);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
@@ -706,26 +731,75 @@ AS $function$
 #variable_conflict use_column
 declare
   m record;
-  v_extended int[] := '{}';
+  v_done int[] := '{}';
+  v_left int[];
 begin
   for m in
-    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, extend_deliveries.no_wait)
+    select * from klieo.settle_deliveries(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens, true)
   loop
     update klieo.deliveries d
     set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_deliveries.waits_ms[m.n] / 1000.0))
     where d.consumer_id = m.consumer_id and d.seq = m.seq;
-    v_extended := v_extended || m.n;
+    v_done := v_done || m.n;
+    n := m.n;
+    extended := true;
+    return next;
   end loop;
-  return query select e.n, true from unnest(v_extended) as e(n);
-  if extend_deliveries.no_wait then
-    return query
-      select g.n::int, false
-      from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
-      cross join lateral (
-        select from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
-      ) d
-      where g.n <> all (v_extended);
+  if cardinality(v_done) = cardinality(extend_deliveries.seqs) then
+    return;
   end if;
+  v_left := '{}';
+  for m in
+    select g.n::int as n, d.visible_at
+    from unnest(extend_deliveries.consumers, extend_deliveries.seqs, extend_deliveries.tokens) with ordinality as g(consumer_id, seq, token, n)
+    cross join lateral (
+      select d.visible_at from klieo.deliveries d where d.consumer_id = g.consumer_id and d.seq = g.seq and d.token = g.token limit 1
+    ) d
+    where g.n <> all (v_done)
+  loop
+    if extend_deliveries.no_wait or m.visible_at > clock_timestamp() then
+      n := m.n;
+      extended := false;
+      return next;
+    else
+      v_left := v_left || m.n;
+    end if;
+  end loop;
+  if v_left <> '{}' then
+    return query
+      select v_left[e.n], e.extended
+      from (
+        select array_agg(extend_deliveries.consumers[l]) as consumers, array_agg(extend_deliveries.seqs[l]) as seqs,
+          array_agg(extend_deliveries.tokens[l]) as tokens, array_agg(extend_deliveries.waits_ms[l]) as waits
+        from unnest(v_left) as l
+      ) w
+      cross join lateral klieo.extend_waiting(w.consumers, w.seqs, w.tokens, w.waits) e;
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[])
+ RETURNS TABLE(n integer, extended boolean)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  m record;
+begin
+  for m in
+    select * from klieo.settle_deliveries(extend_waiting.consumers, extend_waiting.seqs, extend_waiting.tokens, false)
+  loop
+    update klieo.deliveries d
+    set visible_at = greatest(d.visible_at, clock_timestamp() + make_interval(secs => extend_waiting.waits_ms[m.n] / 1000.0))
+    where d.consumer_id = m.consumer_id and d.seq = m.seq;
+    n := m.n;
+    extended := true;
+    return next;
+  end loop;
 end
 $function$;
 
@@ -825,12 +899,12 @@ begin
     v_scan := v_room;
     while v_room > 0 and v_bytes > 0 loop
       if c.hi is null then
-        select pg_current_snapshot(), '0', 0 into c.hi, c.pos_tx, c.pos_seq;
+        select klieo.cursor_snapshot(), '0', 0 into c.hi, c.pos_tx, c.pos_seq;
         if not klieo.window_has_message(c.lo, c.hi) then
           c.hi := null;
           -- Nothing to hand out. The snapshot is moved on now and then, so that retention sees that this durable is past.
           if c.last_active_at < v_now - interval '30 seconds' then
-            select pg_current_snapshot() into v_hi;
+            select klieo.cursor_snapshot() into v_hi;
             if not klieo.window_has_message(c.lo, v_hi) then
               c.lo := v_hi;
               v_moved := true;
@@ -850,8 +924,8 @@ begin
             select m.tx, m.seq, octet_length(m.payload) as size,
               (m.subject = c.filter or m.subject ~ c.pattern) and m.seq >= c.start_seq and m.published_at >= c.start_time as hit
             from klieo.messages m
-            where m.tx = any (array(select pg_snapshot_xip(c.lo)))
-              and pg_visible_in_snapshot(m.tx, c.hi)
+            -- Only those that have ended: a bulk publish that is still open must not be read again and again.
+            where m.tx = any (array(select x.tx from pg_snapshot_xip(c.lo) as x(tx) where pg_visible_in_snapshot(x.tx, c.hi)))
               and (m.tx, m.seq) > (c.pos_tx, c.pos_seq)
             order by m.tx, m.seq
             limit v_scan
@@ -911,9 +985,10 @@ begin
         c.hi := null;
         c.pos_tx := '0';
         c.pos_seq := 0;
-        -- What was committed since is found by the next fetch.
+        -- What was committed since: with hands full the next fetch finds it, else the next round.
         v_more := cardinality(v_seq) > 0;
-        exit;
+        exit when v_more;
+        continue;
       end if;
       c.pos_tx := p.last_tx;
       c.pos_seq := p.last_seq;
@@ -970,14 +1045,19 @@ AS $function$
 declare
   v_until timestamptz;
 begin
-  if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], heartbeat_job.no_wait)) > 0 then
-    update klieo.jobs j
-    set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
-    where j.id = heartbeat_job.id
-    returning j.visible_at into v_until;
-  elsif heartbeat_job.no_wait then
+  if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], true)) = 0 then
     select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
+    if not found or heartbeat_job.no_wait or v_until > clock_timestamp() then
+      return v_until;
+    end if;
+    if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], false)) = 0 then
+      return null;
+    end if;
   end if;
+  update klieo.jobs j
+  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+  where j.id = heartbeat_job.id
+  returning j.visible_at into v_until;
   return v_until;
 end
 $function$;
@@ -1265,13 +1345,26 @@ CREATE OR REPLACE FUNCTION klieo.prune_kv(max_rows integer)
 AS $function$
 #variable_conflict use_column
 declare
+  v_at timestamptz;
+  v_bound xid8;
   v_changes int;
   v_entries int;
 begin
+  -- Ten minutes from when a change became visible, not from when it was made: its transaction may have been open for long.
+  insert into klieo.kv_horizons (at, tx)
+  select clock_timestamp(), pg_snapshot_xmin(pg_current_snapshot())
+  where not exists (select from klieo.kv_horizons h where h.at > clock_timestamp() - interval '1 minute')
+  on conflict do nothing;
+  select h.at, h.tx into v_at, v_bound
+  from klieo.kv_horizons h
+  where h.at <= clock_timestamp() - interval '10 minutes'
+  order by h.at desc
+  limit 1;
+  delete from klieo.kv_horizons h where h.at < v_at;
   with old as materialized (
     select c.tx, c.revision
     from klieo.kv_changes c
-    where c.changed_at < clock_timestamp() - interval '10 minutes' and c.tx < pg_snapshot_xmin(pg_current_snapshot())
+    where c.tx < v_bound
     order by c.tx, c.revision
     limit prune_kv.max_rows
   )
@@ -1523,7 +1616,7 @@ begin
   if not klieo.restored() then
     return false;
   end if;
-  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes in access exclusive mode;
+  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes, klieo.kv_horizons in access exclusive mode;
   if not klieo.restored() then
     return false;
   end if;
@@ -1540,7 +1633,7 @@ begin
   update klieo.messages set tx = '3';
   update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
   update klieo.kv_entries set tx = '3';
-  truncate klieo.kv_changes;
+  truncate klieo.kv_changes, klieo.kv_horizons;
   return true;
 end
 $function$;
@@ -1698,7 +1791,7 @@ begin
     where m.tx >= pg_snapshot_xmax(lo) and m.tx < pg_snapshot_xmax(hi) and pg_visible_in_snapshot(m.tx, hi)
   ) or exists (
     select from klieo.messages m
-    where m.tx = any (array(select pg_snapshot_xip(lo))) and pg_visible_in_snapshot(m.tx, hi)
+    where m.tx = any (array(select x.tx from pg_snapshot_xip(lo) as x(tx) where pg_visible_in_snapshot(x.tx, hi)))
   );
 end
 $function$;
@@ -1843,6 +1936,10 @@ comment on column klieo.kv_entries.updated_at is 'When it changed, by the databa
 
 comment on column klieo.kv_entries.value is 'The bytes; null: a tombstone.';
 
+comment on column klieo.kv_horizons.at is 'A time.';
+
+comment on column klieo.kv_horizons.tx is 'All transactions below had ended then.';
+
 comment on column klieo.kv_leases.bucket is 'The bucket; $klieo holds the leases of the bus itself.';
 
 comment on column klieo.kv_leases.expires_at is 'When it ends, by the database clock.';
@@ -1945,6 +2042,8 @@ comment on table klieo.kv_changes is 'Every change of every key for ten minutes:
 
 comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone, so that its revisions grow for ever.';
 
+comment on table klieo.kv_horizons is 'What had ended when, about every minute, for ten minutes: changes are pruned by it.';
+
 comment on table klieo.kv_leases is 'Leases, apart from the values of their keys. A released lease stays, expired.';
 
 comment on table klieo.message_ids is 'Publishers'' message ids, for two minutes: a second publish with one stores nothing.';
@@ -1993,6 +2092,8 @@ comment on function klieo.create_durable(durable text, filter text, start_seq bi
 
 comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
 
+comment on function klieo.cursor_snapshot() is 'The present snapshot, with this transaction among the running ones.';
+
 comment on function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean) is 'Makes jobs dead, each for its reason; answers those whose token was still valid.';
 
 comment on function klieo.dedup_lives(bucket text, value bytea) is 'Whether an idempotency record is kept alive by its job.';
@@ -2002,6 +2103,8 @@ comment on function klieo.enqueue(queue text, payload bytea, headers jsonb, dedu
 comment on function klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[]) is 'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
 comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean) is 'Restarts visibility timeouts, never shortening one; answers the positions of those whose token is still valid, and whether they were extended.';
+
+comment on function klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, after whoever has locked the deliveries; answers the positions of those whose token is still valid then.';
 
 comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 

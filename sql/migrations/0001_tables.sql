@@ -148,6 +148,14 @@ comment on column klieo.kv_changes.bucket is 'The bucket.';
 comment on column klieo.kv_changes.key is 'The key.';
 comment on column klieo.kv_changes.value is 'The new value; null: deleted or expired.';
 
+create table klieo.kv_horizons (
+  at timestamptz primary key,
+  tx xid8 not null
+);
+comment on table klieo.kv_horizons is 'What had ended when, about every minute, for ten minutes: changes are pruned by it.';
+comment on column klieo.kv_horizons.at is 'A time.';
+comment on column klieo.kv_horizons.tx is 'All transactions below had ended then.';
+
 create sequence klieo.lease_fence cache 1;
 
 create table klieo.kv_leases (

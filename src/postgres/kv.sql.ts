@@ -62,8 +62,7 @@ export const WATCH_CHANGES = `
     (
       select s.key, s.value, s.revision, s.changed_at
       from klieo.kv_changes s
-      where s.tx = any (array(select pg_snapshot_xip($3::pg_snapshot)))
-        and pg_visible_in_snapshot(s.tx, $4::pg_snapshot)
+      where s.tx = any (array(select x.tx from pg_snapshot_xip($3::pg_snapshot) as x(tx) where pg_visible_in_snapshot(x.tx, $4::pg_snapshot)))
         and s.bucket = $1
         and s.revision > $5
         and ($2::text is null or s.key ~ (select klieo.filter_pattern($2)))

@@ -88,7 +88,7 @@ interface Waiter<Tx> {
 const FIRST_BATCH = 16
 const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value: undefined })
 /** Errors after which the stream goes on: the server is away, or short of something. */
-const PASSING = new Set(['connection', 'unavailable', 'timeout'])
+const PASSING = new Set(['connection', 'unavailable', 'timeout', 'conflict'])
 
 export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   readonly #options: StreamOptions<D, Tx>
@@ -147,6 +147,23 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     await this.#pumping
     await this.#release(this.#buffer.splice(0))
     this.#options.onClose(this)
+    this.#watchYielded()
+  }
+
+  /** What nobody settles must not be remembered for ever. */
+  #watchYielded(): void {
+    if (!this.holds || this.#options.isClosed()) return
+    const { clock } = this.#options
+    const last = Math.max(...[...this.#yielded].map((held) => held.settlement.deadline))
+    clock.setTimer(
+      () => {
+        for (const held of this.#yielded) if (clock.now() >= held.settlement.deadline) this.#yielded.delete(held)
+        if (this.holds) this.#watchYielded()
+        else this.#options.onClose(this)
+      },
+      last - clock.now() + 1,
+      true,
+    )
   }
 
   #next(): Promise<IteratorResult<Msg<Tx>, undefined>> {
