@@ -70,14 +70,28 @@ async function untilDue(table: 'deliveries' | 'jobs', where: string, values: unk
   )
 }
 
-function untilSomebodyWaitsFor(holder: Session): Promise<boolean> {
-  return eventually(
-    async () => {
-      const { rows } = await observer.query('select from pg_stat_activity where $1 = any(pg_blocking_pids(pid))', [holder.pid])
-      return rows.length > 0
-    },
-    { what: `somebody waiting for backend ${holder.pid}` },
+/** The backends that wait for `holder`, directly or in a queue behind one another. */
+async function waitersOf(holder: Session): Promise<number[]> {
+  const { rows } = await observer.query<{ pid: number }>(
+    `with recursive waiting(pid) as (
+       select pid from pg_stat_activity where $1 = any(pg_blocking_pids(pid))
+       union
+       select a.pid from pg_stat_activity a join waiting w on w.pid = any(pg_blocking_pids(a.pid))
+     )
+     select pid from waiting`,
+    [holder.pid],
   )
+  return rows.map(({ pid }) => pid)
+}
+
+/** Resolves when so many wait for `holder`, or when `call` is over: whether a call waits is sometimes its own affair. */
+async function untilWaitersOf(holder: Session, count: number, call?: Promise<unknown>): Promise<void> {
+  let over = false
+  const end = () => {
+    over = true
+  }
+  call?.then(end, end)
+  await eventually(async () => over || (await waitersOf(holder)).length >= count, { what: `${count} waiting for backend ${holder.pid}` })
 }
 
 const FETCH = `select seq::int as seq, attempt from ${schema}.fetch_messages($1, 10, 30000, 1000, null, 1000000) where seq is not null`
@@ -99,7 +113,7 @@ describe('settling while somebody else is being given the message', () => {
     await rival.query('begin')
     expect((await rival.query(FETCH, [consumer])).rows).toEqual([{ seq: msg.seq, attempt: 2 }])
     const ack = code(msg.ack())
-    await untilSomebodyWaitsFor(rival)
+    await untilWaitersOf(rival, 1)
     await rival.query('commit')
     expect(await ack).toBe('lease_lost')
     const { rows } = await observer.query(`select attempt from ${schema}.deliveries where consumer_id = $1`, [consumer])
@@ -112,21 +126,24 @@ describe('settling while somebody else is being given the message', () => {
     await rival.query('begin')
     await rival.query(FETCH, [consumer])
     const ack = code(msg.ack())
-    await untilSomebodyWaitsFor(rival)
+    await untilWaitersOf(rival, 1)
     await rival.query('rollback')
     expect(await ack).toBe('resolved')
     expect((await rival.query(FETCH, [consumer])).rows).toEqual([])
   })
 
-  /** Ends, on the server, the backend that waits for `holder`: its client cannot know what became of its statement. */
-  async function cutOff(holder: Session): Promise<void> {
-    await eventually(async () => {
-      const { rows } = await observer.query(
-        'select pg_terminate_backend(pid) from pg_stat_activity where $1 = any(pg_blocking_pids(pid))',
-        [holder.pid],
-      )
-      return rows.length > 0
-    })
+  /**
+   * The holder asks for more time, then settles, and the connection of whatever waits for the rival is cut: its client
+   * cannot know what became of it. Resolves when the settlement waits again, or has given up.
+   */
+  async function loseTheAnswer(rival: Session, extend: (() => Promise<void>) | undefined, settle: () => Promise<void>) {
+    if (extend) await untilWaitersOf(rival, 1, code(extend()))
+    const before = (await waitersOf(rival)).length
+    const settled = code(settle())
+    await untilWaitersOf(rival, before + 1)
+    await observer.query('select pg_terminate_backend(pid) from unnest($1::int[]) as pid', [await waitersOf(rival)])
+    await untilWaitersOf(rival, 1, settled)
+    return { settled }
   }
 
   test('P7 an ack whose answer was lost is no success when the message was given on meanwhile, an extend in that moment notwithstanding', async () => {
@@ -134,13 +151,13 @@ describe('settling while somebody else is being given the message', () => {
     await using rival = await session(connectionString)
     await rival.query('begin')
     expect((await rival.query(FETCH, [consumer])).rows).toEqual([{ seq: msg.seq, attempt: 2 }])
-    // It may not wait, and what is being given away cannot be extended.
-    await code(msg.extend())
-    const ack = code(msg.ack())
-    await cutOff(rival)
-    await untilSomebodyWaitsFor(rival)
+    const { settled } = await loseTheAnswer(
+      rival,
+      () => msg.extend(),
+      () => msg.ack(),
+    )
     await rival.query('commit')
-    expect(['lease_lost', 'connection']).toContain(await ack)
+    expect(['lease_lost', 'connection']).toContain(await settled)
   })
 
   test('J6 an ack whose answer was lost is no success when the job was claimed meanwhile, a heartbeat in that moment notwithstanding', async () => {
@@ -151,12 +168,13 @@ describe('settling while somebody else is being given the message', () => {
     await using rival = await session(connectionString)
     await rival.query('begin')
     await rival.query(`select id from ${schema}.claim_jobs($1, 'new', 30000, 1)`, [queue])
-    await code(job.heartbeat())
-    const ack = code(job.ack())
-    await cutOff(rival)
-    await untilSomebodyWaitsFor(rival)
+    const { settled } = await loseTheAnswer(
+      rival,
+      () => job.heartbeat(),
+      () => job.ack(),
+    )
     await rival.query('commit')
-    expect(['lease_lost', 'connection']).toContain(await ack)
+    expect(['lease_lost', 'connection']).toContain(await settled)
   })
 
   test('J6 a heartbeat that came before the claim, a lost answer and a claim after the lease still end in a refusal', async () => {
@@ -168,10 +186,25 @@ describe('settling while somebody else is being given the message', () => {
     await using rival = await session(connectionString)
     await rival.query('begin')
     await rival.query(`select id from ${schema}.claim_jobs($1, 'new', 30000, 1)`, [queue])
-    const ack = code(job.ack())
-    await cutOff(rival)
+    const { settled } = await loseTheAnswer(rival, undefined, () => job.ack())
     await rival.query('commit')
-    expect(['lease_lost', 'connection']).toContain(await ack)
+    expect(['lease_lost', 'connection']).toContain(await settled)
+  })
+
+  test('J6 a heartbeat that the server meets after an ack in an open transaction waits for nothing, whatever the holder knew', async () => {
+    const queue = fresh()
+    await bus.jobs.enqueue(queue, { payload: 'x' })
+    const job = (await bus.jobs.claim(queue, 'w', 30_000)) as ClaimedJob<PostgresTx>
+    await using tx = await session(connectionString)
+    await using beating = await session(connectionString)
+    await tx.query('begin')
+    const { rows } = await observer.query<{ token: string }>(`select token from ${schema}.jobs where id = $1`, [job.id])
+    await job.ack({ tx })
+    // What a heartbeat sends that was under way already when the ack was called.
+    await beating.query(`set lock_timeout = '2s'`)
+    const beat = beating.query(`select ${schema}.heartbeat_job($1, $2, 30000) as until`, [job.id, rows[0]!.token])
+    expect((await beat).rows[0].until).not.toBeNull()
+    await tx.query('commit')
   })
 
   test('J6 a heartbeat while an ack is in an open transaction is granted although it waits for nothing', async () => {
@@ -197,12 +230,19 @@ describe('pruning', () => {
     // The pruner has chosen its rows and waits for this one.
     await holder.query('begin')
     await holder.query(`select from ${own}.messages where seq = $1 for share`, [seq])
-    const pruned = pruner.query(`select ${own}.prune_messages(0, 100000)`)
-    await untilBlocked(observer, pruner.pid)
+    let pruned: Promise<unknown> = Promise.resolve()
+    await eventually(
+      async () => {
+        // Not at once where somebody else's older transaction is open on the server.
+        pruned = pruner.query(`select ${own}.prune_messages(0, 100000)`)
+        await untilWaitersOf(holder, 1, pruned)
+        return (await waitersOf(holder)).length === 1
+      },
+      { timeoutMs: 20_000 },
+    )
     // Whether the durable waits for the pruner, or the other way round, or gets nothing old: what it is handed stays.
     const handed = lonely.pubsub.subscribe('s', 'd', { start: 'all' }).then(async (stream) => ({ stream, msg: await next(stream) }))
-    const waits = eventually(() => blockedOthers(holder.pid), { timeoutMs: 2_000 }).catch(() => false)
-    await Promise.race([handed.catch(() => {}), waits])
+    await untilWaitersOf(holder, 2, handed)
     await holder.query('commit')
     await pruned
     await lonely.pubsub.publish('s', 'new')
@@ -212,18 +252,50 @@ describe('pruning', () => {
     expect([again.seq, again.attempt]).toEqual([msg.seq, 2])
     await observer.query(`drop schema ${own} cascade`)
   })
+})
 
-  /** Somebody besides the pruner waits, directly or not, for `pid`. */
-  async function blockedOthers(pid: number): Promise<boolean> {
-    const { rows } = await observer.query(
-      `with recursive w(pid) as (
-         select pid from pg_stat_activity where $1 = any(pg_blocking_pids(pid))
-         union select a.pid from pg_stat_activity a, w where w.pid = any(pg_blocking_pids(a.pid)))
-       select from w`,
-      [pid],
-    )
-    return rows.length > 1
-  }
+describe('a long transaction', () => {
+  test('K6 a change whose transaction was open for longer than changes are kept reaches the watch, whenever pruning comes by', async () => {
+    const bucket = fresh()
+    // It looks only when it is rung: what SQL writes rings nobody.
+    await using patient = await PostgresBus.connect({ connectionString, schema, maintenance: false, pollIntervalMs: 60_000 })
+    const watch = await patient.kv.watch(bucket)
+    const changes = watch[Symbol.asyncIterator]()
+    await bus.kv.put(bucket, 'first', 'x')
+    expect((await changes.next()).value).toMatchObject({ operation: 'put', entry: { key: 'first' } })
+    await using slow = await session(connectionString)
+    await slow.query('begin')
+    await slow.query(`select ${schema}.kv_put($1, 'slow', 'x')`, [bucket])
+    await observer.query(`select ${schema}.prune_kv(1000)`)
+    // As if eleven minutes had passed since.
+    await slow.query(`update ${schema}.kv_changes set changed_at = changed_at - interval '11 minutes'`)
+    await observer.query(`update ${schema}.kv_horizons set at = at - interval '11 minutes'`)
+    await slow.query('commit')
+    await observer.query(`select ${schema}.prune_kv(1000)`)
+    await bus.kv.put(bucket, 'last', 'x')
+    expect((await changes.next()).value).toMatchObject({ operation: 'put', entry: { key: 'slow' } })
+    await watch.close()
+  })
+
+  test('P9 a fetch reads nothing of what an open transaction has published so far', async () => {
+    const own = freshSchema()
+    await using lonely = await PostgresBus.connect({ connectionString, schema: own, maintenance: false })
+    const stream = await lonely.pubsub.subscribe('s', 'd')
+    await using bulk = await session(connectionString)
+    await bulk.query('begin')
+    await bulk.query(`insert into ${own}.messages (subject, payload) select 's', 'x' from generate_series(1, 20000)`)
+    await lonely.pubsub.publish('s', 'x')
+    await (await next(stream)).ack()
+    await stream.close()
+    await using reader = await session(connectionString)
+    await reader.query('begin')
+    await reader.query(`select from ${own}.consumer_offsets o, ${own}.fetch_messages(o.id, 10, 30000, 1000, null, 1000000)`)
+    const { rows } = await reader.query(`select pg_stat_get_xact_tuples_returned('${own}.messages_pkey'::regclass)::int as read`)
+    await reader.query('commit')
+    expect((rows[0] as { read: number }).read).toBeLessThan(100)
+    await bulk.query('rollback')
+    await observer.query(`drop schema ${own} cascade`)
+  })
 })
 
 describe('connecting', () => {
@@ -260,7 +332,7 @@ describe('closing with a call under way', () => {
     await holder.query('begin')
     await holder.query(`lock table ${schema}.jobs in access exclusive mode`)
     const claim = code(closing.jobs.claim(queue, 'leaving', 30_000))
-    await untilSomebodyWaitsFor(holder)
+    await untilWaitersOf(holder, 1)
     const closed = closing.close()
     await holder.query('commit')
     await closed
@@ -280,7 +352,7 @@ describe('closing with a call under way', () => {
     await holder.query(`select from ${schema}.consumer_offsets where id = $1 for update`, [consumer])
     await bus.pubsub.publishMany([1, 2, 3].map((n) => ({ subject, payload: String(n) })))
     const asked = stream[Symbol.asyncIterator]().next()
-    await untilSomebodyWaitsFor(holder)
+    await untilWaitersOf(holder, 1)
     const closed = closing.close()
     await holder.query('commit')
     await closed
@@ -304,7 +376,7 @@ describe('closing with a call under way', () => {
     await holder.query('begin')
     await holder.query(`lock table ${schema}.kv_leases in access exclusive mode`)
     const grant = code(closing.kv.lease('b', key, 30_000))
-    await untilSomebodyWaitsFor(holder)
+    await untilWaitersOf(holder, 1)
     const closed = closing.close()
     await holder.query('commit')
     await closed
