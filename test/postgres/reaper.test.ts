@@ -206,4 +206,13 @@ describe('the elected process', () => {
     while (subjects.length < 6) subjects.push((await taker.expect(5_000)).subject)
     expect(subjects.sort()).toEqual(['d.dlq', 'd.dlq', 'd.dlq', 'q.dlq', 'q.dlq', 'q.dlq'])
   })
+
+  test('P14 a dead letter of a job that a claim buried wakes who waits for it: nobody waits for the poll', async () => {
+    await using waiting = await PostgresBus.connect({ connectionString, schema, maintenance: false, pollIntervalMs: 20_000 })
+    await using letters = await waiting.pubsub.subscribe('q.dlq', 'letters')
+    const letter = new Taker(letters).take(8_000)
+    const [id] = await exhaustedJobs('q', 1)
+    expect(await bus.jobs.claim('q', 'w', 60_000)).toBeNull()
+    expect((await letter)?.headers.dlq_job_id).toBe(id)
+  })
 })

@@ -316,6 +316,33 @@ describe('an ack in the caller’s transaction', () => {
   })
 })
 
+describe('an ack whose connection dies', () => {
+  test('J6 it is asked for again, and ends the job', async () => {
+    const { queue, job } = await claimed(LONG_MS)
+    expect(await outcome(ackOnDyingConnection(job))).toBe('ok')
+    expect(await left(queue)).toBe(0)
+  })
+
+  test('J6 another got the job since: it is refused, also where a heartbeat beside an ack in a transaction had found the row locked', async () => {
+    const { queue, job } = await claimed(2_500)
+    await caller.query('begin')
+    await job.ack({ tx: caller })
+    await eventually(async () => {
+      const { rows } = await observer.query(
+        `select visible_at - clock_timestamp() < interval '500 ms' as soon from ${schema}.jobs where queue = $1`,
+        [queue],
+      )
+      return (rows[0] as { soon: boolean }).soon
+    })
+    // The row is locked, so the server cannot extend the lease.
+    await job.heartbeat()
+    await caller.query('rollback')
+    const again = await claim(other, queue, LONG_MS)
+    expect(await outcome(ackOnDyingConnection(job))).not.toBe('ok')
+    expect(await outcome(again.ack())).toBe('ok')
+  })
+})
+
 describe('settling twice', () => {
   test('J6 ack, ack: the second is already_settled', async () => {
     const { job } = await claimed(LONG_MS)
@@ -446,6 +473,20 @@ describe('settlements of many at once', () => {
 async function blockedBy(pid: number): Promise<number[]> {
   const { rows } = await observer.query('select pid from pg_stat_activity where $1 = any(pg_blocking_pids(pid))', [pid])
   return (rows as { pid: number }[]).map((row) => row.pid)
+}
+
+/** Acks, and ends the connection in the middle of the statement: whether it was executed the client cannot know. */
+async function ackOnDyingConnection(job: ClaimedJob<PostgresTx>): Promise<void> {
+  await using blocker = await session(connectionString)
+  await blocker.query('begin')
+  await blocker.query(`lock table ${schema}.jobs in access exclusive mode`)
+  const ack = job.ack()
+  ack.catch(() => {})
+  await untilWaitedFor(blocker)
+  const [pid] = await blockedBy(blocker.pid)
+  await blocker.query('select pg_terminate_backend($1)', [pid])
+  await blocker.query('rollback')
+  await ack
 }
 
 /** Resolves once one backend waits for a lock of the session. */
