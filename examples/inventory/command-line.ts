@@ -11,7 +11,7 @@ Three worker processes hash its files and write the result in the transaction
 that acks the job. Half-way one of them is killed with kill -9. The table at the
 end is counted in the database.
 
-Exit codes: 0 everything adds up · 1 it does not, or the run failed · 2 wrong usage
+Exit codes: 0 everything adds up, 1 it does not or the run failed, 2 wrong usage
 `
 
 export interface Options {

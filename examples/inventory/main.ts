@@ -99,6 +99,8 @@ async function run({ keep }: Options): Promise<number> {
   screen.say(`asked for "${STATS}", ${stats.worker} answers: ${stats.results} results`)
 
   const complete = await untilComplete(place, listed.length)
+  // What is reported late must not come between the lines of the table.
+  await progress.stop()
   screen.endProgress()
   if (complete) screen.say('all results are in and added up')
   else screen.say(`nothing new for ${PATIENCE_MS / 1000} s`, screen.red)
@@ -119,12 +121,13 @@ async function run({ keep }: Options): Promise<number> {
 interface Reported {
   latest: Progress | undefined
   at: number
+  stop(): Promise<void>
 }
 
 /** Watches what the elected reporter writes, and shows it. */
 async function followProgress(bus: PostgresBus, total: number): Promise<Reported> {
-  const reported: Reported = { latest: undefined, at: performance.now() }
   const watch = await bus.kv.watch(BUCKET, PROGRESS)
+  const reported: Reported = { latest: undefined, at: performance.now(), stop: () => watch.close() }
   const follow = async () => {
     for await (const change of watch) {
       if (change.operation !== 'put') continue

@@ -15,7 +15,8 @@ import { BUCKET, type PackageJob, PROGRESS, type Progress, QUEUE, REPORTER, RESU
 
 /** Short, so that a job comes back soon after its worker was killed. The worker renews it every third of this. */
 const JOB_LEASE_MS = 2_000
-const REPORTER_LEASE_MS = 1_500
+/** Shorter than what is left of a job's after a kill, so that it has moved on before the job is back. */
+const REPORTER_LEASE_MS = 1_000
 const REPORT_EVERY_MS = 100
 
 const [name = 'worker', inventory = 'inventory', busSchema = 'klieo'] = process.argv.slice(2)

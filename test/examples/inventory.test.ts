@@ -164,6 +164,37 @@ function isAlive(pid: number): boolean {
   }
 }
 
+test(
+  '--keep leaves the data, and the queries that it prints run as they are',
+  async () => {
+    await using child = start(['--keep'])
+    const output = await outputOf(child)
+    const schemas = [...new Set(schemasIn(output))]
+    try {
+      expect(await child.exited).toEqual({ code: 0, signal: null })
+      expect((await existing(schemas)).sort()).toEqual([...schemas].sort())
+      const [table, afterlife] = output.split('Open the database with')
+      expect(table).toMatch(/Everything adds up/)
+      const queries = afterlife!.split('\n\n').filter((part) => part.startsWith('  -- '))
+      expect(queries).toHaveLength(3)
+      for (const query of queries) {
+        for (const { rows } of [await pool.query(query)].flat()) expect(rows, query).not.toEqual([])
+      }
+    } finally {
+      for (const schema of schemas) await pool.query(`drop schema if exists ${schema} cascade`)
+    }
+  },
+  RUN_MS,
+)
+
+test('--help is for a terminal of 80 columns, and exits with 0', async () => {
+  await using child = start(['--help'])
+  const output = await outputOf(child)
+  expect(await child.exited).toEqual({ code: 0, signal: null })
+  expect(output).toMatch(/--keep/)
+  expect(Math.max(...output.split('\n').map((line) => line.length))).toBeLessThanOrEqual(80)
+})
+
 test('a wrong option is refused in one line, with exit code 2', async () => {
   await using child = start(['--kep'])
   expect(await child.exited).toEqual({ code: 2, signal: null })
