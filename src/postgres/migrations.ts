@@ -22,6 +22,12 @@ const LOCK_TABLE = 'migrations_lock'
 /** Any number will do, as long as nobody else uses it. */
 const LOCK_ID = 5_203_947_117_801_442n
 const MAX_TRIES = 6
+/**
+ * Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won. A lock that was
+ * not granted in time (55P03). And what the migrator, which looks at all tables of the database, meets when somebody drops
+ * another schema in that moment (3F000, 42P01, XX000).
+ */
+const PASSING = new Set(['23505', '42P06', '42P07', '42710', '55P03', '3F000', '42P01', 'XX000'])
 
 /** The migrations in order, without their endings. */
 export function migrationNames(): string[] {
@@ -145,8 +151,7 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
     try {
       return await migrateOnce(pool, schema)
     } catch (error) {
-      // Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won.
-      const passing = isTransient(error) || ['23505', '42P06', '42P07', '42710', '55P03'].includes(sqlState(error) ?? '')
+      const passing = isTransient(error) || PASSING.has(sqlState(error) ?? '')
       if (!passing || tries === MAX_TRIES) throw toBusError(error, `migrate schema "${schema}"`)
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
     }

@@ -73,6 +73,26 @@ describe('the schema', () => {
     }
   }, 60_000)
 
+  test('a migration goes on while other schemas of the database come and go', async () => {
+    await using other = await session(databaseUrl())
+    let over = false
+    const comings = (async () => {
+      const name = freshSchema()
+      while (!over) {
+        await other.query(`create schema ${name}; create table ${name}.t (id bigint generated always as identity, s serial)`)
+        await other.query(`drop schema ${name} cascade`)
+      }
+    })()
+    try {
+      for (let round = 0; round < 5; round++) {
+        expect((await PostgresBus.migrate({ connectionString: databaseUrl(), schema: freshSchema() })).length).toBeGreaterThan(0)
+      }
+    } finally {
+      over = true
+      await comings
+    }
+  })
+
   test('a schema of a newer version that this one cannot work with is refused with schema_outdated, and nothing is changed', async () => {
     const name = freshSchema()
     await PostgresBus.migrate({ connectionString: databaseUrl(), schema: name })
@@ -126,7 +146,7 @@ describe('the schema', () => {
       expect(await two.jobs.claim('q', 'w', 1_000)).toBeNull()
     } finally {
       await two.close()
-      await client.query(`drop schema "${right}" cascade`)
+      await client.query(`set client_min_messages = warning; drop schema "${right}" cascade`)
     }
   })
 

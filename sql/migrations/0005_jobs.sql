@@ -1,0 +1,468 @@
+-- klieo-bus, functions: jobs.
+--
+--   ready ─ claim ─▶ running ─ ack ─▶ gone
+--     ▲                 │ ├─ nak, or the lease runs out ─▶ scheduled or ready, while attempts are left
+--     └─ the time comes ┘ └─ the last attempt fails, deadLetter ─▶ dead ─ retry_dead ─▶ ready
+
+create function klieo.enqueue_many(
+  queues text[], payloads bytea, starts int[], lengths int[], headers text[], dedup_keys text[], max_attempts int[],
+  delays_ms bigint[], run_ats timestamptz[], priorities int[])
+returns table (id bigint, added boolean)
+language plpgsql
+set enable_seqscan = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_ids bigint[];
+  v_new bigint[];
+  v_found bigint[];
+  v_missing boolean;
+begin
+  if enqueue_many.dedup_keys is null then
+    return query
+      with stored as (
+        insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+        select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
+          substring(enqueue_many.payloads from i.start for i.length)
+        from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+            enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
+            with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
+          lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
+        order by i.n
+        returning j.id
+      )
+      select stored.id, true from stored order by stored.id;
+    return;
+  end if;
+
+  v_ids := array(select nextval('klieo.job_id') from generate_series(1, cardinality(enqueue_many.starts)));
+  loop
+    -- The record is written before the job and in its transaction. Sorted, so that two batches do not deadlock; a key
+    -- whose enqueuer has not committed yet is waited for.
+    with firsts as (
+      select distinct on (i.queue, i.key) i.queue, i.key, v_ids[i.n] as id
+      from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+      where i.key is not null
+      order by i.queue, i.key, i.n
+    ), taken as (
+      insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+      select 'dedup.' || firsts.queue, firsts.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + interval '24 hours',
+        convert_to(firsts.id::text, 'UTF8')
+      from firsts
+      order by firsts.queue, firsts.key
+      on conflict (bucket, key) do update
+        set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = excluded.expires_at, value = excluded.value
+        where e.value is null or (e.expires_at <= clock_timestamp() and not klieo.dedup_lives(e.bucket, e.value))
+      returning e.bucket, e.key, e.revision, e.updated_at, e.value
+    ), logged as (
+      insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+      select taken.revision, taken.updated_at, taken.bucket, taken.key, taken.value from taken
+    )
+    select v_new || array_agg(convert_from(taken.value, 'UTF8')::bigint) into v_new from taken;
+
+    -- A statement of its own: it sees what was waited for.
+    select array_agg(case when i.key is null then v_ids[i.n] else convert_from(e.value, 'UTF8')::bigint end order by i.n), bool_or(i.key is not null and e.value is null)
+    into v_found, v_missing
+    from unnest(enqueue_many.queues, enqueue_many.dedup_keys) with ordinality as i(queue, key, n)
+    left join lateral (select e.value from klieo.kv_entries e where e.bucket = 'dedup.' || i.queue and e.key = i.key limit 1) e on true;
+    -- A record that was deleted between the two statements: once more.
+    exit when not coalesce(v_missing, false);
+  end loop;
+
+  insert into klieo.jobs (id, queue, run_at, visible_at, max_attempts, priority, dedup_key, headers, payload)
+  select v_ids[i.n], i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), i.key, coalesce(i.headers::jsonb, '{}'),
+    substring(enqueue_many.payloads from i.start for i.length)
+  from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+      enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities, enqueue_many.dedup_keys)
+      with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, key, n),
+    lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
+  where i.key is null or v_ids[i.n] = any(v_new)
+  order by i.n;
+
+  return query
+    select f.id, coalesce(f.id = v_ids[f.n], false)
+    from unnest(v_found) with ordinality as f(id, n)
+    order by f.n;
+end
+$$;
+comment on function klieo.enqueue_many(text[], bytea, int[], int[], text[], text[], int[], bigint[], timestamptz[], int[]) is
+  'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
+
+create function klieo.enqueue(
+  queue text, payload bytea, headers jsonb default '{}', dedup_key text default null, max_attempts int default 5,
+  run_at timestamptz default now(), priority int default 0)
+returns bigint
+language plpgsql as $$
+declare
+  v_id bigint;
+begin
+  perform klieo.check_name('queue', enqueue.queue);
+  perform klieo.check_payload('payload', enqueue.payload);
+  perform klieo.check_headers(enqueue.headers);
+  if enqueue.dedup_key is not null and length(enqueue.dedup_key) not between 1 and 512 then
+    raise exception 'dedup_key must be 1 to 512 characters' using errcode = '22023';
+  elsif coalesce(enqueue.max_attempts, 0) not between 1 and 1000000 then
+    raise exception 'max_attempts must be from 1 to 1000000' using errcode = '22023';
+  elsif coalesce(enqueue.priority, 101) not between -100 and 100 then
+    raise exception 'priority must be from -100 to 100' using errcode = '22023';
+  elsif enqueue.run_at is null or not isfinite(enqueue.run_at) then
+    raise exception 'run_at must be a time' using errcode = '22023';
+  end if;
+  select j.id into v_id
+  from klieo.enqueue_many(
+    array[enqueue.queue], enqueue.payload, array[1], array[octet_length(enqueue.payload)], array[enqueue.headers::text],
+    case when enqueue.dedup_key is not null then array[enqueue.dedup_key] end, array[enqueue.max_attempts], null,
+    array[enqueue.run_at], array[enqueue.priority]) j;
+  return v_id;
+end
+$$;
+comment on function klieo.enqueue(text, bytea, jsonb, text, int, timestamptz, int) is
+  'Enqueues a job in this transaction and answers its id; with a dedup_key that is taken, the id of the first job.';
+
+create function klieo.bury_jobs(ids bigint[], reason text) returns int
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_count int;
+begin
+  with dead as (
+    update klieo.jobs j
+    set died_at = clock_timestamp(),
+      token = null,
+      last_error = case
+        when bury_jobs.reason is not null then left(bury_jobs.reason, 4000)
+        when j.token is not null then 'the lease of the last attempt ran out'
+        else j.last_error
+      end
+    where j.id = any(bury_jobs.ids)
+    returning j.id, j.queue, j.headers, j.payload, j.attempts, j.dedup_key, j.last_error
+  ), letter as (
+    insert into klieo.messages (subject, payload, headers)
+    select dead.queue || '.dlq', dead.payload,
+      dead.headers || jsonb_strip_nulls(jsonb_build_object(
+        -- A header holds no line breaks, and only so much.
+        'dlq_reason', coalesce(left(regexp_replace(bury_jobs.reason, '[\r\n]+', ' ', 'g'), 4000), 'max_attempts_exceeded'),
+        'dlq_queue', dead.queue,
+        'dlq_job_id', dead.id::text,
+        'dlq_attempts', dead.attempts::text,
+        'dlq_dedup_key', regexp_replace(dead.dedup_key, '[\r\n]+', ' ', 'g'),
+        'dlq_error', case when bury_jobs.reason is null then left(regexp_replace(dead.last_error, '[\r\n]+', ' ', 'g'), 4000) end))
+    from dead
+    order by dead.id
+    returning 1
+  )
+  select count(*) into v_count from letter;
+  return v_count;
+end
+$$;
+comment on function klieo.bury_jobs(bigint[], text) is
+  'Makes jobs, which the caller has locked, dead and publishes their dead letters on <queue>.dlq; a null reason: their attempts are used up.';
+
+-- Claims the best claimable jobs. Priorities are walked from the top, one index range each, so that neither delayed nor
+-- running jobs of a higher priority stand in the way. A job whose last lease ran out is buried when it is met.
+create function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
+returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_ttl interval := make_interval(secs => claim_jobs.lease_ttl_ms / 1000.0);
+  v_priority int := 101;
+  v_room int := claim_jobs.max_jobs;
+  v_bytes bigint := claim_jobs.max_bytes;
+  v_ended bigint[];
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
+  end if;
+  loop
+    select j.priority into v_priority
+    from klieo.jobs j
+    where j.queue = claim_jobs.queue and j.died_at is null and j.priority < v_priority
+    order by j.priority desc
+    limit 1;
+    exit when not found;
+    loop
+      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
+      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
+        with due as materialized (
+          select j.id, j.visible_at, octet_length(j.payload) as size
+          from klieo.jobs j
+          where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          order by j.visible_at, j.id
+          limit v_room
+          for no key update skip locked
+        ), fitting as (
+          select s.id, s.visible_at
+          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
+          where s.before < v_bytes
+        ), claimed as (
+          update klieo.jobs j
+          set attempts = j.attempts + 1,
+            fence = j.fence + 1,
+            token = gen_random_uuid(),
+            worker_id = claim_jobs.worker_id,
+            visible_at = clock_timestamp() + v_ttl
+          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
+        )
+        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
+        from claimed c
+        join fitting f on f.id = c.id
+        order by f.visible_at, f.id
+      loop
+        v_room := v_room - 1;
+        v_bytes := v_bytes - octet_length(payload);
+        return next;
+      end loop;
+      if v_room = 0 or v_bytes <= 0 then
+        return;
+      end if;
+      with ended as materialized (
+        select j.id
+        from klieo.jobs j
+        where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          and j.attempts >= j.max_attempts
+        order by j.visible_at, j.id
+        limit 100
+        for no key update skip locked
+      )
+      select array_agg(ended.id) into v_ended from ended;
+      exit when v_ended is null;
+      perform klieo.bury_jobs(v_ended, null);
+    end loop;
+  end loop;
+end
+$$;
+comment on function klieo.claim_jobs(text, text, bigint, int, bigint) is
+  'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
+
+create function klieo.next_job_in_ms(queue text) returns double precision
+language plpgsql stable
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_priority int := 101;
+  v_next timestamptz;
+  v_least timestamptz;
+begin
+  loop
+    select j.priority into v_priority
+    from klieo.jobs j
+    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority < v_priority
+    order by j.priority desc
+    limit 1;
+    exit when not found;
+    select j.visible_at into v_next
+    from klieo.jobs j
+    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority
+    order by j.visible_at
+    limit 1;
+    if v_next <= v_now then
+      -- It has just become due, or is locked: by a claim that is about to commit, or by an ack in an open transaction.
+      v_least := least(v_least, v_now + interval '50 milliseconds');
+      select j.visible_at into v_next
+      from klieo.jobs j
+      where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+      order by j.visible_at
+      limit 1;
+    end if;
+    v_least := least(v_least, v_next);
+  end loop;
+  return extract(epoch from v_least - v_now) * 1000;
+end
+$$;
+comment on function klieo.next_job_in_ms(text) is 'When the next delayed or running job of the queue becomes claimable; null: there is none.';
+
+create function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) returns bigint[]
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+begin
+  -- Locked one after the other in the order of their ids, so that two batches do not deadlock. The token is looked at again
+  -- after a wait.
+  if settle_jobs.no_wait then
+    return array(
+      select j.id
+      from (select * from unnest(settle_jobs.ids, settle_jobs.tokens) as u(id, token) order by u.id) s
+      cross join lateral (select j.id from klieo.jobs j where j.id = s.id and j.token = s.token for update skip locked) j);
+  end if;
+  return array(
+    select j.id
+    from (select * from unnest(settle_jobs.ids, settle_jobs.tokens) as u(id, token) order by u.id) s
+    cross join lateral (select j.id from klieo.jobs j where j.id = s.id and j.token = s.token for update) j);
+end
+$$;
+comment on function klieo.settle_jobs(bigint[], uuid[], boolean) is
+  'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
+
+create function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean default false) returns setof bigint
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
+begin
+  return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
+end
+$$;
+comment on function klieo.ack_jobs(bigint[], uuid[], boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
+
+create function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean default false) returns setof bigint
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(nak_jobs.ids, nak_jobs.tokens, nak_jobs.no_wait);
+  v_ended bigint[];
+begin
+  with given as (
+    update klieo.jobs j
+    set token = null, run_at = due.at, visible_at = due.at, last_error = coalesce(n.error, j.last_error)
+    from unnest(nak_jobs.ids, nak_jobs.delays_ms, nak_jobs.errors) as n(id, delay_ms, error),
+      lateral (select clock_timestamp() + make_interval(secs => n.delay_ms / 1000.0)) as due(at)
+    where j.id = n.id and j.id = any(v_mine)
+    returning j.id, j.attempts >= j.max_attempts as ended
+  )
+  select array_agg(given.id) filter (where given.ended) into v_ended from given;
+  if v_ended is not null then
+    perform klieo.bury_jobs(v_ended, null);
+  end if;
+  return query select unnest(v_mine);
+end
+$$;
+comment on function klieo.nak_jobs(bigint[], uuid[], bigint[], text[], boolean) is
+  'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
+
+create function klieo.release_jobs(ids bigint[], tokens uuid[]) returns setof bigint
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
+begin
+  return query
+    update klieo.jobs j
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    where j.id = any(v_mine)
+    returning j.id;
+end
+$$;
+comment on function klieo.release_jobs(bigint[], uuid[]) is 'Makes claimed jobs claimable again at once; the attempt counts.';
+
+create function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean default false) returns setof bigint
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_mine bigint[] := klieo.settle_jobs(dead_letter_jobs.ids, dead_letter_jobs.tokens, dead_letter_jobs.no_wait);
+begin
+  perform klieo.bury_jobs(array[d.id], d.reason)
+  from unnest(dead_letter_jobs.ids, dead_letter_jobs.reasons) as d(id, reason)
+  where d.id = any(v_mine);
+  return query select unnest(v_mine);
+end
+$$;
+comment on function klieo.dead_letter_jobs(bigint[], uuid[], text[], boolean) is
+  'Makes jobs dead, each for its reason; answers those whose token was still valid.';
+
+-- A heartbeat must not wait behind an ack in somebody's open transaction. Where the row is locked and still has our token, and
+-- the lease is not over, it is such an ack: the lease is the holder's, and nothing is extended. Where the lease is over it may
+-- also be a claim that is about to commit, so that is waited for, unless the holder (no_wait) knows of an ack of his own.
+create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean default false) returns timestamptz
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_until timestamptz;
+begin
+  if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], true)) = 0 then
+    select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
+    if not found or heartbeat_job.no_wait or v_until > clock_timestamp() then
+      return v_until;
+    end if;
+    if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], false)) = 0 then
+      return null;
+    end if;
+  end if;
+  update klieo.jobs j
+  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+  where j.id = heartbeat_job.id
+  returning j.visible_at into v_until;
+  return v_until;
+end
+$$;
+comment on function klieo.heartbeat_job(bigint, uuid, bigint, boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+
+create function klieo.retry_dead(queue text, id bigint default null) returns bigint
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  v_count bigint;
+begin
+  update klieo.jobs j
+  set died_at = null, attempts = 0, token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+  where j.queue = retry_dead.queue and j.died_at is not null and (retry_dead.id is null or j.id = retry_dead.id);
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+comment on function klieo.retry_dead(text, bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
+
+create function klieo.reap_jobs(max_jobs int) returns table (queue text, count int)
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_ended bigint[];
+begin
+  with ended as materialized (
+    select j.id
+    from klieo.jobs j
+    where j.died_at is null and j.attempts >= j.max_attempts and j.visible_at <= (select clock_timestamp())
+    order by j.visible_at
+    limit reap_jobs.max_jobs
+    for no key update skip locked
+  )
+  select array_agg(ended.id) into v_ended from ended;
+  if v_ended is null then
+    return;
+  end if;
+  perform klieo.bury_jobs(v_ended, null);
+  return query select j.queue, count(*)::int from klieo.jobs j where j.id = any(v_ended) group by j.queue;
+end
+$$;
+comment on function klieo.reap_jobs(int) is 'Buries jobs whose last lease ran out; answers how many of which queue. Claims do the same, so nothing depends on it.';

@@ -1,0 +1,190 @@
+-- klieo-bus, functions: retention, the presence of responders, and the repair of a restored log.
+
+create function klieo.prune_messages(retention_ms bigint, max_messages int) returns int
+language plpgsql
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_bound xid8;
+  v_count int;
+begin
+  -- Not while a durable is being made that may begin with what is about to go (see create_durable); the next round will do.
+  if not pg_try_advisory_xact_lock(klieo.creation_lock()) then
+    return 0;
+  end if;
+  -- Below the oldest transaction that any durable still waits for, everything has been handed out to everybody. A late
+  -- commit has an xid above it, however old its published_at.
+  select o.xmin into v_bound
+  from (
+    select pg_snapshot_xmin(lo) as xmin from klieo.consumer_offsets
+    union all
+    select pg_snapshot_xmin(pg_current_snapshot())
+  ) o
+  order by o.xmin
+  limit 1;
+  with old as materialized (
+    select m.tx, m.seq
+    from klieo.messages m
+    where m.tx < v_bound
+      and m.published_at < clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0)
+      and not exists (select from klieo.deliveries d where d.seq = m.seq)
+    order by m.tx, m.seq
+    limit prune_messages.max_messages
+  )
+  delete from klieo.messages m
+  using old
+  where m.tx = old.tx and m.seq = old.seq;
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+comment on function klieo.prune_messages(bigint, int) is 'Removes messages older than retention_ms that every durable is past and none has in flight; answers how many.';
+
+create function klieo.prune_kv(max_rows int) returns int
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  v_at timestamptz;
+  v_bound xid8;
+  v_changes int;
+  v_entries int;
+begin
+  -- Ten minutes from when a change became visible, not from when it was made: its transaction may have been open for long.
+  insert into klieo.kv_horizons (at, tx)
+  select clock_timestamp(), pg_snapshot_xmin(pg_current_snapshot())
+  where not exists (select from klieo.kv_horizons h where h.at > clock_timestamp() - interval '1 minute')
+  on conflict do nothing;
+  select h.at, h.tx into v_at, v_bound
+  from klieo.kv_horizons h
+  where h.at <= clock_timestamp() - interval '10 minutes'
+  order by h.at desc
+  limit 1;
+  delete from klieo.kv_horizons h where h.at < v_at;
+  with old as materialized (
+    select c.tx, c.revision
+    from klieo.kv_changes c
+    where c.tx < v_bound
+    order by c.tx, c.revision
+    limit prune_kv.max_rows
+  )
+  delete from klieo.kv_changes c
+  using old
+  where c.tx = old.tx and c.revision = old.revision;
+  get diagnostics v_changes = row_count;
+  -- A tombstone may go once no statement can be under way that drew a revision before it.
+  with old as materialized (
+    select e.bucket, e.key
+    from klieo.kv_entries e
+    where e.value is null and e.updated_at < clock_timestamp() - interval '7 days'
+    limit prune_kv.max_rows
+    for update skip locked
+  )
+  delete from klieo.kv_entries e
+  using old
+  where e.bucket = old.bucket and e.key = old.key;
+  get diagnostics v_entries = row_count;
+  return greatest(v_changes, v_entries);
+end
+$$;
+comment on function klieo.prune_kv(int) is 'Removes changes older than ten minutes and tombstones older than a week; answers how many, of the larger kind.';
+
+create function klieo.prune_rest(dead_jobs_ms bigint, max_rows int) returns int
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  v_count int;
+  v_most int := 0;
+begin
+  delete from klieo.jobs j
+  where j.id = any (array(
+    select d.id from klieo.jobs d
+    where d.died_at < clock_timestamp() - make_interval(secs => prune_rest.dead_jobs_ms / 1000.0)
+    limit prune_rest.max_rows
+    for update skip locked));
+  get diagnostics v_count = row_count;
+  v_most := greatest(v_most, v_count);
+  -- A minute later than the ids end: publish_many may just be looking one up.
+  delete from klieo.message_ids i
+  where i.msg_id = any (array(
+    select d.msg_id from klieo.message_ids d
+    where d.expires_at < (select clock_timestamp() - interval '1 minute')
+    order by d.expires_at
+    limit prune_rest.max_rows
+    for update skip locked));
+  get diagnostics v_count = row_count;
+  v_most := greatest(v_most, v_count);
+  delete from klieo.requests r where r.deadline < clock_timestamp() - interval '1 second';
+  delete from klieo.replies r where r.expires_at < clock_timestamp() - interval '1 second';
+  -- Deliveries whose durable is gone.
+  delete from klieo.deliveries d where not exists (select from klieo.consumer_offsets o where o.id = d.consumer_id);
+  return v_most;
+end
+$$;
+comment on function klieo.prune_rest(bigint, int) is 'Removes old dead jobs, message ids, requests and replies; answers how many, of the largest kind.';
+
+-- ---------------------------------------------------------------- presence, repair
+
+create function klieo.presence_class() returns int
+language sql immutable parallel safe as $$
+  select ('x' || left(md5('klieo.presence'), 8))::bit(32)::int
+$$;
+comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
+
+create function klieo.live_responders(subject text) returns boolean
+language plpgsql
+set enable_seqscan = off
+set jit = off as $$
+begin
+  -- Who can take a process's lock finds it dead; the lock goes with this transaction.
+  return exists (
+    select from klieo.responders r
+    where live_responders.subject ~ r.pattern
+      and case
+        when r.alive_until is null then not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id)
+        else r.alive_until > clock_timestamp()
+      end);
+end
+$$;
+comment on function klieo.live_responders(text) is 'Whether any live process answers requests on the subject.';
+
+-- Stable: the snapshot and the rows are of one moment. In two statements a commit in between would look like the future.
+create function klieo.restored() returns boolean
+language sql stable
+set enable_seqscan = off as $$
+  select exists (
+      select from klieo.consumer_offsets o
+      where pg_snapshot_xmax(o.lo) > pg_snapshot_xmax(pg_current_snapshot()) or pg_snapshot_xmax(o.hi) > pg_snapshot_xmax(pg_current_snapshot())
+    )
+    or coalesce((select m.tx >= pg_snapshot_xmax(pg_current_snapshot()) from klieo.messages m order by m.tx desc, m.seq desc limit 1), false)
+$$;
+comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
+
+create function klieo.rebase() returns boolean
+language plpgsql as $$
+begin
+  if not klieo.restored() then
+    return false;
+  end if;
+  lock table klieo.consumer_offsets, klieo.deliveries, klieo.messages, klieo.kv_entries, klieo.kv_changes, klieo.kv_horizons in access exclusive mode;
+  if not klieo.restored() then
+    return false;
+  end if;
+  -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
+  insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
+  select o.id, m.tx, m.seq, 0, now()
+  from klieo.consumer_offsets o
+  join klieo.messages m
+    on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time
+  where not pg_visible_in_snapshot(m.tx, o.lo)
+    and not coalesce(pg_visible_in_snapshot(m.tx, o.hi) and (m.tx, m.seq) <= (o.pos_tx, o.pos_seq), false)
+  on conflict do nothing;
+  update klieo.deliveries set tx = '3';
+  update klieo.messages set tx = '3';
+  update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
+  update klieo.kv_entries set tx = '3';
+  truncate klieo.kv_changes, klieo.kv_horizons;
+  return true;
+end
+$$;
+comment on function klieo.rebase() is
+  'Makes the log of a restored database deliverable again: nothing acknowledged comes back, nothing undelivered is lost. Answers whether it was needed.';
