@@ -285,6 +285,17 @@ describe('an ack in the caller’s transaction', () => {
     expect(await left(queue)).toBe(0)
   })
 
+  test('J6 it was rolled back and another has claimed the job: nothing was settled, so a further settlement is lease_lost', async () => {
+    const { queue, job } = await claimed(SHORT_MS)
+    await caller.query('begin')
+    await job.ack({ tx: caller })
+    await caller.query('rollback')
+    const again = await claim(other, queue, LONG_MS)
+    expect(await outcome(job.nak(0))).toBe('lease_lost')
+    expect(await outcome(job.ack())).toBe('lease_lost')
+    expect(await outcome(again.ack())).toBe('ok')
+  })
+
   test('J6 its connection dies: the job stays with the holder, who acks it without a transaction', async () => {
     const { queue, job } = await claimed(LONG_MS)
     const dying = await session(connectionString)

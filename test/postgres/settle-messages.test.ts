@@ -232,6 +232,17 @@ describe('an ack in the caller’s transaction', () => {
     expect(await outcome(again.ack())).toBe('ok')
   })
 
+  test('P7 it was rolled back and another got the message: nothing was settled, so a further settlement is lease_lost', async () => {
+    await using one = await held({ ackWaitMs: SHORT_MS })
+    await caller.query('begin')
+    await one.message.ack({ tx: caller })
+    await caller.query('rollback')
+    const again = await (await one.rival()).expect()
+    expect(await outcome(one.message.nak())).toBe('lease_lost')
+    expect(await outcome(one.message.ack())).toBe('lease_lost')
+    expect(await outcome(again.ack())).toBe('ok')
+  })
+
   test('P6 it is the last delivery and its ack wait ends meanwhile: neither a member nor the reaper dead-letters it', async () => {
     await using one = await held({ ackWaitMs: SHORT_MS, maxDeliver: 1 })
     const rival = await one.rival()
