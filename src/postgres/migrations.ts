@@ -8,7 +8,16 @@
  */
 
 import { readdirSync, readFileSync } from 'node:fs'
-import { Kysely, PostgresAdapter, PostgresDialect, sql } from 'kysely'
+import {
+  type DatabaseIntrospector,
+  Kysely,
+  PostgresAdapter,
+  PostgresDialect,
+  type PostgresDialectConfig,
+  PostgresIntrospector,
+  sql,
+  type TableMetadata,
+} from 'kysely'
 import { type Migration, type MigrationProvider, Migrator } from 'kysely/migration'
 import type pg from 'pg'
 import { BusError } from '../core/index.ts'
@@ -23,11 +32,10 @@ const LOCK_TABLE = 'migrations_lock'
 const LOCK_ID = 5_203_947_117_801_442n
 const MAX_TRIES = 6
 /**
- * Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won. A lock that was
- * not granted in time (55P03). And what the migrator, which looks at all tables of the database, meets when somebody drops
- * another schema in that moment (3F000, 42P01, XX000).
+ * Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won. And a lock that
+ * was not granted in time (55P03).
  */
-const PASSING = new Set(['23505', '42P06', '42P07', '42710', '55P03', '3F000', '42P01', 'XX000'])
+const PASSING = new Set(['23505', '42P06', '42P07', '42710', '55P03'])
 
 /** The migrations in order, without their endings. */
 export function migrationNames(): string[] {
@@ -78,8 +86,41 @@ class LockedAdapter extends PostgresAdapter {
 }
 
 class LockedDialect extends PostgresDialect {
+  readonly #schema: string
+
+  constructor(config: PostgresDialectConfig, schema: string) {
+    super(config)
+    this.#schema = schema
+  }
+
   override createAdapter(): PostgresAdapter {
     return new LockedAdapter()
+  }
+
+  // biome-ignore lint/suspicious/noExplicitAny: as in Kysely's own signature
+  override createIntrospector(db: Kysely<any>): DatabaseIntrospector {
+    return new SchemaIntrospector(db, this.#schema)
+  }
+}
+
+/** The tables of one schema. Kysely's looks at every table of the database, and fails when somebody drops one just then. */
+class SchemaIntrospector extends PostgresIntrospector {
+  // biome-ignore lint/suspicious/noExplicitAny: as in Kysely's own signature
+  readonly #db: Kysely<any>
+  readonly #schema: string
+
+  // biome-ignore lint/suspicious/noExplicitAny: as in Kysely's own signature
+  constructor(db: Kysely<any>, schema: string) {
+    super(db)
+    this.#db = db
+    this.#schema = schema
+  }
+
+  override async getTables(): Promise<TableMetadata[]> {
+    const { rows } = await sql<{ name: string }>`select tablename as name from pg_tables where schemaname = ${this.#schema}`.execute(
+      this.#db,
+    )
+    return rows.map(({ name }) => ({ name, schema: this.#schema, isView: false, isForeign: false, columns: [] }))
   }
 }
 
@@ -159,7 +200,7 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
 }
 
 async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
-  const db = new Kysely<unknown>({ dialect: new LockedDialect({ pool }) })
+  const db = new Kysely<unknown>({ dialect: new LockedDialect({ pool }, schema) })
   return db
     .transaction()
     .setIsolationLevel('read committed')
