@@ -127,7 +127,10 @@ export class PostgresBus implements Bus<PostgresTx> {
     const listener = new Listener(direct, channel, {
       notify: async (payload) => void (await db.query('select pg_notify($1, $2)', [channel, payload], 'listen')),
       onNotification: (payload) => ringer.heard(payload),
-      onConnected: () => bell.ringAll(),
+      onConnected: () => {
+        db.suspect()
+        bell.ringAll()
+      },
     })
     const context: Context = {
       db,

@@ -64,6 +64,8 @@ export class Database {
   #explicit = false
   /** The connection was lost: what answers next may be another cluster. */
   #suspect = false
+  /** The schema is there, so that there is something to look at. */
+  #guarded = false
   #checking: Promise<void> | undefined
   #closed = false
 
@@ -98,7 +100,7 @@ export class Database {
 
   /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
   async query<R extends Row = Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
-    if (this.#suspect) await this.#check()
+    await this.#lookAgain()
     for (let tries = 1; ; tries++) {
       try {
         return await this.#send<R>(text, values, doing)
@@ -115,6 +117,7 @@ export class Database {
   /** A statement in the caller's transaction. Nothing is repeated there. */
   async queryIn<R extends Row = Row>(tx: PostgresTx, text: string, values: readonly unknown[], doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
+    await this.#lookAgain()
     const sql = this.#statement(text).text
     try {
       if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
@@ -256,7 +259,21 @@ export class Database {
     return false
   }
 
-  /** After a lost connection, once: the server may have been replaced by one that was restored from a dump. */
+  /** A connection of ours was lost elsewhere. */
+  suspect(): void {
+    this.#suspect = true
+  }
+
+  /**
+   * Before anything is published to a server that may have been replaced by one that was restored from a dump: after a lost
+   * connection, and when no connection would have noticed.
+   */
+  async #lookAgain(): Promise<void> {
+    if (!this.#guarded) return
+    if (this.pool.totalCount === 0) this.#suspect = true
+    if (this.#suspect) await this.#check()
+  }
+
   #check(): Promise<void> {
     this.#checking ??= this.#send<{ restored: boolean }>('select klieo.restored() as restored', [], 'reconnect')
       .then(async ([row]) => {
@@ -275,6 +292,7 @@ export class Database {
   async repairIfRestored(): Promise<void> {
     const [row] = await this.query<{ restored: boolean }>('select klieo.restored() as restored', [], 'connect')
     if (row?.restored) await this.repair()
+    this.#guarded = true
   }
 
   /** Makes the log of a restored database deliverable again; does nothing when it is not needed. */

@@ -197,8 +197,11 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
           this.#context.ringer.ring([{ kind: 'message', name: `${durable}.dlq` }])
         return done
       },
-      term: async (delivery, _reason, noWait) =>
-        noWait ? (await this.#settle(ACK, [delivery], ['true'], 'term'))[0] === true : this.#acks.add(delivery),
+      term: async (delivery, _reason, noWait) => {
+        const done = noWait ? (await this.#settle(ACK, [delivery], ['true'], 'term'))[0] === true : await this.#acks.add(delivery)
+        this.#context.bell.ring(rung)
+        return done
+      },
       // An ack in a caller's transaction may hold the row: nobody else's extension is in a batch with it.
       extend: async (delivery, noWait) =>
         noWait ? ((await this.#extend([{ delivery, ackWaitMs }], true))[0] as Extension) : this.#extensions.add({ delivery, ackWaitMs }),
