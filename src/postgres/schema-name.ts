@@ -5,8 +5,8 @@ export const DEFAULT_SCHEMA = 'klieo'
 
 /** @throws invalid_argument */
 export function checkSchema(value: unknown): asserts value is string {
-  if (typeof value !== 'string' || !/^[A-Za-z_][A-Za-z0-9_-]{0,47}$/.test(value) || value.startsWith('pg_')) {
-    throw invalid('schema', value, 'must be 1 to 48 characters of A-Z a-z 0-9 _ -, beginning with a letter or _, but not with pg_')
+  if (typeof value !== 'string' || !/^[A-Za-z_][A-Za-z0-9_-]{0,62}$/.test(value) || value.startsWith('pg_')) {
+    throw invalid('schema', value, 'must be 1 to 63 characters of A-Z a-z 0-9 _ -, beginning with a letter or _, but not with pg_')
   }
 }
 
