@@ -3,7 +3,7 @@
  * job of a committed transaction has exactly one effect, none of a rolled-back one has any.
  */
 
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, beforeEach, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { type Child, startChild } from '../support/child.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
@@ -12,22 +12,30 @@ import { eventually } from '../support/wait.ts'
 
 const schema = freshSchema()
 const connectionString = databaseUrl()
-const QUEUE = 'work'
 const LEASE_MS = 800
 const PROCESSES = 3
-const ENQUEUERS = 4
+const ENqueueRS = 4
 const TRANSACTIONS = 150
 const PER_TRANSACTION = 5
 const KILLS = 12
+const PLAIN_JOBS = 4_000
+const ROUNDS = 8
 
 let bus: PostgresBus
 let observer: Session
+let queue: string
 
 beforeAll(async () => {
   bus = await PostgresBus.connect({ connectionString, schema })
   observer = await session(connectionString)
-  // No key: a job whose effect is there twice is to be found, not prevented.
+  // No keys: a job whose effect is there twice is to be found, not prevented.
   await observer.query(`create table ${schema}.effects (job bigint not null, payload text not null, worker int not null)`)
+  await observer.query(`create table ${schema}.acks (job bigint not null)`)
+})
+
+beforeEach(async () => {
+  queue = `work-${crypto.randomUUID()}`
+  await observer.query(`truncate ${schema}.effects, ${schema}.acks`)
 })
 
 afterAll(async () => {
@@ -43,11 +51,8 @@ test('J1, J2, J3 and J6 workers killed at random: one effect for each job of a c
   let producing = true
   let orphaned = 0
 
-  const start = (): Child =>
-    startChild(new URL('./support/effects-child.ts', import.meta.url), { args: [connectionString, schema, QUEUE, String(LEASE_MS)] })
-
   /** Starts a process anew whenever it was killed, until there is nothing left to do. */
-  const children = Array.from({ length: PROCESSES }, start)
+  const children = Array.from({ length: PROCESSES }, () => start('transaction'))
   const killing = (async () => {
     await Promise.all(children.map((child) => child.next(({ ready }) => ready === true, 30_000)))
     for (let kill = 0; kill < KILLS; kill++) {
@@ -56,16 +61,15 @@ test('J1, J2, J3 and J6 workers killed at random: one effect for each job of a c
       // Killed in the middle of its work: some jobs later than the last kill, not some time later.
       await eventually(async () => (await effects()) >= before + 20 || (!producing && (await jobsLeft()) === 0), { timeoutMs: 30_000 })
       complaints.push(...complaintsOf(children[victim]!))
-      const { pid } = children[victim]!
-      await children[victim]!.kill('SIGKILL')
-      const { rows } = await observer.query(`select from ${schema}.jobs where worker_id = $1 and token is not null`, [`worker-${pid}`])
-      orphaned += rows.length
-      children[victim] = start()
+      const victimProcess = children[victim]!
+      await victimProcess.kill('SIGKILL')
+      orphaned += await heldBy(victimProcess)
+      children[victim] = start('transaction')
     }
   })()
 
   const enqueuing = Promise.all(
-    Array.from({ length: ENQUEUERS }, async (_, enqueuer) => {
+    Array.from({ length: ENqueueRS }, async (_, enqueuer) => {
       await using client = await session(connectionString)
       for (let transaction = 0; transaction < TRANSACTIONS; transaction++) {
         const dice = Math.random()
@@ -73,19 +77,19 @@ test('J1, J2, J3 and J6 workers killed at random: one effect for each job of a c
         const mine = Array.from({ length: PER_TRANSACTION }, (_, n) => `${name}.${n}`)
         await client.query('begin')
         if (dice < 0.2) {
-          await bus.jobs.enqueueMany(QUEUE, jobs(mine), { tx: client })
+          await bus.jobs.enqueueMany(queue, jobs(mine), { tx: client })
           await client.query('rollback')
           discarded.push(...mine)
         } else if (dice < 0.4) {
-          await bus.jobs.enqueue(QUEUE, jobs([mine[0]!])[0]!, { tx: client })
+          await bus.jobs.enqueue(queue, jobs([mine[0]!])[0]!, { tx: client })
           await client.query('savepoint s')
-          await bus.jobs.enqueueMany(QUEUE, jobs(mine.slice(1)), { tx: client })
+          await bus.jobs.enqueueMany(queue, jobs(mine.slice(1)), { tx: client })
           await client.query('rollback to savepoint s')
           await client.query('commit')
           kept.push(mine[0]!)
           discarded.push(...mine.slice(1))
         } else {
-          await bus.jobs.enqueueMany(QUEUE, jobs(mine), { tx: client })
+          await bus.jobs.enqueueMany(queue, jobs(mine), { tx: client })
           await client.query('commit')
           kept.push(...mine)
         }
@@ -112,10 +116,60 @@ test('J1, J2, J3 and J6 workers killed at random: one effect for each job of a c
   expect(kept.filter((payload) => !without.has(payload))).toEqual([])
   expect(discarded.filter((payload) => without.has(payload))).toEqual([])
   expect(seen.length).toBe(kept.length)
-  const { rows: letters } = await observer.query(`select from ${schema}.messages where subject = $1`, [`${QUEUE}.dlq`])
+  const { rows: letters } = await observer.query(`select from ${schema}.messages where subject = $1`, [`${queue}.dlq`])
   expect(letters).toEqual([])
   expect(complaints).toEqual([])
 }, 120_000)
+
+test('J3 and J6 with plain acks, under kills and stops: every job has an effect, and of all its acks at most one succeeds', async () => {
+  const complaints: unknown[] = []
+  const ids = await bus.jobs.enqueueMany(queue, jobs(Array.from({ length: PLAIN_JOBS }, (_, n) => `p${n}`)))
+  const children = Array.from({ length: PROCESSES }, () => start('plain'))
+  let stopped = 0
+  try {
+    await Promise.all(children.map((child) => child.next(({ ready }) => ready === true, 30_000)))
+    for (let round = 0; round < ROUNDS; round++) {
+      const before = await effects()
+      await eventually(async () => (await effects()) >= before + 150 || (await jobsLeft()) === 0, { timeoutMs: 30_000 })
+      const victim = children[round % PROCESSES]!
+      if (round % 2) {
+        complaints.push(...complaintsOf(victim))
+        await victim.kill('SIGKILL')
+        children[round % PROCESSES] = start('plain')
+      } else {
+        // Stopped until others have taken over all that it held; when it goes on, it acks what is no longer its.
+        victim.pause()
+        stopped += await heldBy(victim)
+        await eventually(async () => (await heldBy(victim)) === 0, { timeoutMs: 20_000, what: 'the others taking over' })
+        victim.resume()
+      }
+    }
+    await eventually(async () => (await jobsLeft()) === 0, { timeoutMs: 40_000, everyMs: 100, what: 'the end of the queue' })
+    for (const child of children) complaints.push(...complaintsOf(child))
+  } finally {
+    await Promise.all(children.map((child) => child.kill('SIGKILL')))
+  }
+  expect(stopped).toBeGreaterThan(0)
+  const { rows: twice } = await observer.query(`select job from ${schema}.acks group by job having count(*) > 1`)
+  expect(twice).toEqual([])
+  const { rows: done } = await observer.query(`select distinct job from ${schema}.effects`)
+  expect(new Set((done as { job: string }[]).map(({ job }) => job))).toEqual(new Set(ids))
+  expect(complaints).toEqual([])
+}, 120_000)
+
+function start(mode: 'transaction' | 'plain'): Child {
+  return startChild(new URL('./support/effects-child.ts', import.meta.url), {
+    args: [connectionString, schema, queue, String(LEASE_MS), mode],
+  })
+}
+
+/** How many jobs are claimed by the process. */
+async function heldBy(child: Child): Promise<number> {
+  const { rows } = await observer.query(`select count(*)::int as n from ${schema}.jobs where worker_id = $1 and token is not null`, [
+    `worker-${child.pid}`,
+  ])
+  return (rows[0] as { n: number }).n
+}
 
 function jobs(payloads: readonly string[]): { payload: string; maxAttempts: number }[] {
   // Attempts enough for every kill: that none is dead-lettered is part of the test.

@@ -101,6 +101,19 @@ async function untilWaitedFor(holder: Session): Promise<void> {
   )
 }
 
+async function untilAckWaits(holder: Session): Promise<void> {
+  await eventually(
+    async () => {
+      const { rowCount } = await observer.query(
+        `select from pg_stat_activity where $1 = any(pg_blocking_pids(pid)) and query like '%ack_deliveries%'`,
+        [holder.pid],
+      )
+      return rowCount === 1
+    },
+    { what: 'the ack waiting for the lock' },
+  )
+}
+
 describe('a message that was handed out again', () => {
   test('P7 every settlement of the older delivery is refused and changes nothing; the newer one stands', async () => {
     await using one = await held({ ackWaitMs: SHORT_MS })
@@ -352,6 +365,33 @@ describe('an ack in the caller’s transaction', () => {
     }
     expect(arrived.sort()).toEqual(sent.toSorted())
     expect(await outgoing.take(QUIET_MS)).toBeNull()
+  })
+})
+
+describe('an ack whose connection dies', () => {
+  test('P7 another got the message since: it is refused, also where an extend beside an ack in a transaction had found the row locked', async () => {
+    await using one = await held({ ackWaitMs: 2_500 })
+    const rival = await one.rival()
+    await caller.query('begin')
+    await one.message.ack({ tx: caller })
+    await eventually(async () => {
+      const [row] = await rows(one.durable)
+      return (row!.visible_at as Date).getTime() - Date.now() < 500
+    })
+    // The row is locked, so the server cannot restart the ack wait.
+    await one.message.extend()
+    await caller.query('rollback')
+    const again = await rival.expect()
+    await using blocker = await session(connectionString)
+    await blocker.query('begin')
+    await blocker.query(`lock table ${schema}.deliveries in access exclusive mode`)
+    const ack = outcome(one.message.ack())
+    // The members of other tests are gone; the rival may be waiting, too: whoever waits is ended.
+    await untilAckWaits(blocker)
+    await blocker.query(`select pg_terminate_backend(pid) from pg_stat_activity where $1 = any(pg_blocking_pids(pid))`, [blocker.pid])
+    await blocker.query('rollback')
+    expect(await ack).not.toBe('ok')
+    expect(await outcome(again.ack())).toBe('ok')
   })
 })
 
