@@ -354,6 +354,31 @@ describe('an ack whose connection dies', () => {
   })
 })
 
+describe('the clock of the server is set forward', () => {
+  /** To every lease it is as if its time had passed; the holder's own clock knows nothing of it. */
+  async function setForward(queue: string): Promise<void> {
+    await observer.query(`update ${schema}.jobs set visible_at = visible_at - interval '1 hour' where queue = $1`, [queue])
+  }
+
+  test('J6 the job is claimed early, and the holder who believes in his lease can neither extend nor settle', async () => {
+    const { queue, job } = await claimed(LONG_MS)
+    await setForward(queue)
+    const again = await claim(other, queue, LONG_MS)
+    expect(await outcome(job.heartbeat())).toBe('lease_lost')
+    expect(await outcome(job.nak(0))).toBe('lease_lost')
+    expect(await outcome(job.ack())).toBe('lease_lost')
+    expect(await outcome(again.ack())).toBe('ok')
+  })
+
+  test('J6 nor on a dying connection: the token decides, not what the holder reckons', async () => {
+    const { queue, job } = await claimed(LONG_MS)
+    await setForward(queue)
+    const again = await claim(other, queue, LONG_MS)
+    expect(await outcome(ackOnDyingConnection(job))).not.toBe('ok')
+    expect(await outcome(again.ack())).toBe('ok')
+  })
+})
+
 describe('settling twice', () => {
   test('J6 ack, ack: the second is already_settled', async () => {
     const { job } = await claimed(LONG_MS)
