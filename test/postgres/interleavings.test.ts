@@ -1,5 +1,6 @@
 /** Races written out as the steps of several sessions, each held exactly where it hurts. */
 
+import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { BusError, type ClaimedJob, type Msg, type MsgStream, PostgresBus, type PostgresTx } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
@@ -320,6 +321,34 @@ describe('connecting', () => {
     await second.pubsub.publish(subject, 'y')
     expect((await next(await second.pubsub.subscribe(subject, subject))).seq).toBeGreaterThan(0)
     await tx.query('rollback')
+  })
+})
+
+describe('a lost connection', () => {
+  test('P1 after it, a publish in a transaction that holds the last connection of the pool waits for no other', async () => {
+    const pool = new pg.Pool({ connectionString, max: 1, application_name: 'the only one' })
+    pool.on('error', () => {})
+    await using small = await PostgresBus.connect({ pool, schema, maintenance: false })
+    const subject = fresh()
+    await small.pubsub.publish(subject, '1')
+    await eventually(async () => {
+      await observer.query(
+        `select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'the only one' and query not like 'listen%'`,
+      )
+      return pool.totalCount === 0
+    })
+    const tx = await pool.connect()
+    await tx.query('begin')
+    const late = Promise.withResolvers<string>()
+    const timer = setTimeout(() => late.resolve('late'), 5_000)
+    expect(await Promise.race([code(small.pubsub.publish(subject, '2', { tx })), late.promise])).toBe('resolved')
+    clearTimeout(timer)
+    await tx.query('commit')
+    tx.release()
+    const stream = await bus.pubsub.subscribe(subject, subject)
+    expect([(await next(stream)).payload, (await next(stream)).payload].map((bytes) => new TextDecoder().decode(bytes))).toEqual(['1', '2'])
+    await small.close()
+    await pool.end()
   })
 })
 
