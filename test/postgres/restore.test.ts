@@ -9,7 +9,7 @@ import { join } from 'node:path'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
-import { session } from '../support/sessions.ts'
+import { type Session, session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
 import { fetchIn } from './support/fetching.ts'
 import { findInstalled, type InstalledServer, runTool, startInstalled } from './support/installed-postgres.ts'
@@ -35,11 +35,13 @@ afterAll(async () => {
   if (directory) await rm(directory, { recursive: true, force: true })
 })
 
+const burn = (client: Session) => client.query('do $$ begin for n in 1..5000 loop perform pg_current_xact_id(); commit; end loop; end $$')
+
 /** So many transactions ahead that no restore catches up. */
 async function startBusy(): Promise<InstalledServer> {
   const server = await startInstalled(installed as string)
   await using client = await session(server.connectionString)
-  await client.query('do $$ begin for n in 1..5000 loop perform pg_current_xact_id(); commit; end loop; end $$')
+  await burn(client)
   return server
 }
 
@@ -147,6 +149,32 @@ describe.skipIf(installed === undefined)('a database restored from a dump', () =
     expect(await restored.jobs.enqueue('work', { payload: 'job', dedupKey: 'once' })).toBe(job)
     expect((await restored.jobs.claim('work', 'worker', 1_000))?.id).toBe(job)
   }, 60_000)
+
+  test('K1 K6 keys alone: a watch yields what the dump held and every change since, and revisions go on growing', async () => {
+    const schema = 'keys'
+    await using bus = await connect(source, schema)
+    const before = await bus.kv.put('settings', 'colour', 'red')
+    await bus.kv.put('settings', 'size', 'small')
+    await bus.kv.delete('settings', 'size')
+    await using target = await startInstalled(installed as string)
+    await copy(source, target, schema)
+    await using restored = await connect(target, schema)
+    const watch = await restored.kv.watch('settings')
+    const changes = watch[Symbol.asyncIterator]()
+    const first = await changes.next()
+    expect(first.value).toMatchObject({ operation: 'put', entry: { key: 'colour', revision: before } })
+    const after = await restored.kv.cas('settings', 'colour', 'blue', before)
+    expect(after).toBeGreaterThan(before)
+    const second = await changes.next()
+    expect(second.value).toMatchObject({ operation: 'put', entry: { key: 'colour', revision: after } })
+    // The new cluster comes to the transaction ids that the dump's changes carry: they must not look new then.
+    await using client = await session(target.connectionString)
+    await burn(client)
+    await burn(client)
+    const last = await restored.kv.put('settings', 'colour', 'green')
+    const third = await changes.next()
+    expect(third.value).toMatchObject({ operation: 'put', entry: { key: 'colour', revision: last } })
+  }, 30_000)
 
   test('P9 a bus that lives through the exchange of its server repairs it before it publishes, and its stream goes on', async () => {
     const schema = 'exchanged'
