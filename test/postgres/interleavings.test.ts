@@ -111,7 +111,7 @@ describe('settling while somebody else is being given the message', () => {
   test('P7 an ack that waits for a redelivery under way is refused once that commits, and changes nothing', async () => {
     const { msg, consumer } = await expired()
     await using rival = await session(connectionString)
-    await rival.query('begin')
+    await rival.query('begin isolation level read committed')
     expect((await rival.query(FETCH, [consumer])).rows).toEqual([{ seq: msg.seq, attempt: 2 }])
     const ack = code(msg.ack())
     await untilWaitersOf(rival, 1)
@@ -124,7 +124,7 @@ describe('settling while somebody else is being given the message', () => {
   test('P7 an ack that waits for a redelivery that is rolled back succeeds, and the message never comes again', async () => {
     const { msg, consumer } = await expired()
     await using rival = await session(connectionString)
-    await rival.query('begin')
+    await rival.query('begin isolation level read committed')
     await rival.query(FETCH, [consumer])
     const ack = code(msg.ack())
     await untilWaitersOf(rival, 1)
@@ -150,7 +150,7 @@ describe('settling while somebody else is being given the message', () => {
   test('P7 an ack whose answer was lost is no success when the message was given on meanwhile, an extend in that moment notwithstanding', async () => {
     const { msg, consumer } = await expired(1_500)
     await using rival = await session(connectionString)
-    await rival.query('begin')
+    await rival.query('begin isolation level read committed')
     expect((await rival.query(FETCH, [consumer])).rows).toEqual([{ seq: msg.seq, attempt: 2 }])
     const { settled } = await loseTheAnswer(
       rival,
@@ -167,7 +167,7 @@ describe('settling while somebody else is being given the message', () => {
     const job = (await bus.jobs.claim(queue, 'old', 1_500)) as ClaimedJob<PostgresTx>
     await untilDue('jobs', 'id = $1', [job.id])
     await using rival = await session(connectionString)
-    await rival.query('begin')
+    await rival.query('begin isolation level read committed')
     await rival.query(`select id from ${schema}.claim_jobs($1, 'new', 30000, 1)`, [queue])
     const { settled } = await loseTheAnswer(
       rival,
@@ -185,7 +185,7 @@ describe('settling while somebody else is being given the message', () => {
     await job.heartbeat()
     await untilDue('jobs', 'id = $1', [job.id])
     await using rival = await session(connectionString)
-    await rival.query('begin')
+    await rival.query('begin isolation level read committed')
     await rival.query(`select id from ${schema}.claim_jobs($1, 'new', 30000, 1)`, [queue])
     const { settled } = await loseTheAnswer(rival, undefined, () => job.ack())
     await rival.query('commit')
@@ -289,7 +289,7 @@ describe('a long transaction', () => {
     await (await next(stream)).ack()
     await stream.close()
     await using reader = await session(connectionString)
-    await reader.query('begin')
+    await reader.query('begin isolation level read committed')
     await reader.query(`select from ${own}.consumer_offsets o, ${own}.fetch_messages(o.id, 10, 30000, 1000, null, 1000000)`)
     const { rows } = await reader.query(`select pg_stat_get_xact_tuples_returned('${own}.messages_pkey'::regclass)::int as read`)
     await reader.query('commit')
