@@ -6,6 +6,8 @@ import { next, take, takeUntil, text } from './support/reading.ts'
 
 const schema = freshSchema()
 const connectionString = databaseUrl()
+/** What is held back stays so until the other transaction ends; the bound only has to be shorter, and roomy on a busy machine. */
+const PROMPTLY_MS = 4_000
 let bus: PostgresBus
 let observer: Session
 
@@ -140,7 +142,7 @@ describe('open transactions', () => {
     const tookMs = performance.now() - resolvedAt
     expect(new Set(arrived).size).toBe(1_000)
     expect(arrived).not.toContain('late')
-    expect(tookMs).toBeLessThan(5_000)
+    expect(tookMs).toBeLessThan(PROMPTLY_MS)
     // Still open, and nothing is held back by it now either.
     await bus.pubsub.publish(subject, 'still flowing')
     expect(await takeUntil(stream, 'still flowing')).toEqual([])
@@ -163,12 +165,12 @@ describe('open transactions', () => {
       expect(await takeUntil(stream, `${n}`)).toEqual([])
       slowestMs = Math.max(slowestMs, performance.now() - sentAt)
     }
-    expect(slowestMs).toBeLessThan(1_000)
+    expect(slowestMs).toBeLessThan(PROMPTLY_MS)
     await caller.query('commit')
     expect(await take(stream, 1)).toEqual(['held for 5 s'])
   })
 
-  test('P9 a write transaction open in another database delays nothing: 100 messages within a second', async () => {
+  test('P9 a write transaction open in another database delays nothing: 100 messages come while it is open', async () => {
     const { stream, publish } = await fresh()
     const database = freshSchema()
     await observer.query(`create database ${database}`)
@@ -181,7 +183,7 @@ describe('open transactions', () => {
       const begunAt = performance.now()
       await Promise.all(Array.from({ length: 100 }, (_, n) => publish(`${n}`)))
       expect((await take(stream, 100)).length).toBe(100)
-      expect(performance.now() - begunAt).toBeLessThan(1_000)
+      expect(performance.now() - begunAt).toBeLessThan(PROMPTLY_MS)
       await stranger.query('rollback')
     } finally {
       await observer.query(`drop database ${database}`)
@@ -202,7 +204,7 @@ describe('open transactions', () => {
     const begunAt = performance.now()
     await Promise.all(Array.from({ length: 100 }, (_, n) => publish(`${n}`)))
     expect((await take(stream, 100)).length).toBe(100)
-    expect(performance.now() - begunAt).toBeLessThan(2_000)
+    expect(performance.now() - begunAt).toBeLessThan(PROMPTLY_MS)
     await writer.query('rollback')
     await reader.query('rollback')
   })
