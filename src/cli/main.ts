@@ -18,10 +18,15 @@ Exit codes: 0 done · 1 failed, or not up to date · 2 wrong usage
 `
 
 const USAGE = 2
+const LEAST_NODE = 22
 
 class UsageError extends Error {}
 
 async function main(args: readonly string[]): Promise<number> {
+  // npm only warns of an old Node, and what fails then names a function that is missing.
+  if (Number.parseInt(process.versions.node, 10) < LEAST_NODE) {
+    throw new UsageError(`Node ${LEAST_NODE} or newer is needed, this is ${process.version}`)
+  }
   const { values, positionals } = parse(args)
   if (values.help) return print(HELP)
   if (values.version) return print(`${version()}\n`)
