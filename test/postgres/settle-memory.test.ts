@@ -20,7 +20,7 @@ let bus: PostgresBus
 let caller: Session
 
 beforeAll(async () => {
-  bus = await PostgresBus.connect({ connectionString, schema })
+  bus = await PostgresBus.connect({ connectionString, schema, maintenance: false })
   caller = await session(connectionString)
 })
 
@@ -60,22 +60,29 @@ async function message(how: How): Promise<WeakRef<object>> {
   return new WeakRef(taken.payload)
 }
 
-async function untilCollected(held: WeakRef<object>, what: string): Promise<void> {
+/** One may be left: engine and driver keep the first object, or the last, that went through a place. What grows is a leak. */
+async function untilCollected(held: readonly WeakRef<object>[]): Promise<void> {
   await eventually(
     () => {
       collectGarbage()
-      return held.deref() === undefined
+      return held.filter((one) => one.deref() !== undefined).length <= 1
     },
-    { timeoutMs: 3_000, everyMs: 50, what: `${what} being let go` },
+    { timeoutMs: 3_000, everyMs: 50, what: 'all but one being let go' },
   )
 }
 
+async function five(one: () => Promise<WeakRef<object>>): Promise<WeakRef<object>[]> {
+  const held: WeakRef<object>[] = []
+  while (held.length < 5) held.push(await one())
+  return held
+}
+
 for (const how of ['plain', 'in a transaction', 'never'] as const) {
-  test(`J6 a job whose ack was ${how} is not kept by the bus after its lease`, async () => {
-    await untilCollected(await job(how), `a job acked ${how}`)
+  test(`J6 jobs whose ack was ${how} are not kept by the bus after their leases`, async () => {
+    await untilCollected(await five(() => job(how)))
   })
 
-  test(`P7 a message whose ack was ${how} is not kept by the bus after its ack wait`, async () => {
-    await untilCollected(await message(how), `a message acked ${how}`)
+  test(`P7 messages whose ack was ${how} are not kept by the bus after their ack waits`, async () => {
+    await untilCollected(await five(() => message(how)))
   })
 }
