@@ -547,7 +547,7 @@ begin
     insert into klieo.consumer_offsets as o (durable, filter, pattern, start_seq, start_time, lo)
     values (create_durable.durable, create_durable.filter, klieo.filter_pattern(create_durable.filter),
       coalesce(create_durable.start_seq, 0), coalesce(create_durable.start_time, '-infinity'),
-      case when create_durable.start_new then pg_current_snapshot() else '1:1:' end)
+      case when create_durable.start_new then klieo.cursor_snapshot() else '1:1:' end)
     on conflict (durable) do nothing
     returning o.id;
 end
@@ -1612,6 +1612,8 @@ CREATE OR REPLACE FUNCTION klieo.rebase()
  RETURNS boolean
  LANGUAGE plpgsql
 AS $function$
+declare
+  v_lo pg_snapshot;
 begin
   if not klieo.restored() then
     return false;
@@ -1631,7 +1633,8 @@ begin
   on conflict do nothing;
   update klieo.deliveries set tx = '3';
   update klieo.messages set tx = '3';
-  update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
+  v_lo := klieo.cursor_snapshot();
+  update klieo.consumer_offsets set lo = v_lo, hi = null, pos_tx = '0', pos_seq = 0;
   update klieo.kv_entries set tx = '3';
   truncate klieo.kv_changes, klieo.kv_horizons;
   return true;

@@ -151,7 +151,7 @@ begin
     insert into klieo.consumer_offsets as o (durable, filter, pattern, start_seq, start_time, lo)
     values (create_durable.durable, create_durable.filter, klieo.filter_pattern(create_durable.filter),
       coalesce(create_durable.start_seq, 0), coalesce(create_durable.start_time, '-infinity'),
-      case when create_durable.start_new then pg_current_snapshot() else '1:1:' end)
+      case when create_durable.start_new then klieo.cursor_snapshot() else '1:1:' end)
     on conflict (durable) do nothing
     returning o.id;
 end

@@ -161,6 +161,8 @@ comment on function klieo.restored() is 'Whether this database was restored from
 
 create function klieo.rebase() returns boolean
 language plpgsql as $$
+declare
+  v_lo pg_snapshot;
 begin
   if not klieo.restored() then
     return false;
@@ -180,7 +182,8 @@ begin
   on conflict do nothing;
   update klieo.deliveries set tx = '3';
   update klieo.messages set tx = '3';
-  update klieo.consumer_offsets set lo = pg_current_snapshot(), hi = null, pos_tx = '0', pos_seq = 0;
+  v_lo := klieo.cursor_snapshot();
+  update klieo.consumer_offsets set lo = v_lo, hi = null, pos_tx = '0', pos_seq = 0;
   update klieo.kv_entries set tx = '3';
   truncate klieo.kv_changes, klieo.kv_horizons;
   return true;

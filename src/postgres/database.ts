@@ -117,14 +117,18 @@ export class Database {
   /** A statement in the caller's transaction. Nothing is repeated there. */
   async queryIn<R extends Row = Row>(tx: PostgresTx, text: string, values: readonly unknown[], doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
-    await this.#lookAgain()
     const sql = this.#statement(text).text
     try {
-      if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
-      return (await (tx as QueryableTx).query(sql, [...values])).rows as R[]
+      if (this.#guarded && this.#mayHaveMissedAnExchange()) await this.#lookAgainIn(tx)
+      return await this.#sendIn<R>(tx, sql, values)
     } catch (error) {
       throw toBusError(error, doing)
     }
+  }
+
+  async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
+    if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
+    return (await (tx as QueryableTx).query(sql, [...values])).rows as R[]
   }
 
   /** A connection for statements that belong together; always given back. */
@@ -269,9 +273,33 @@ export class Database {
    * connection, and when no connection would have noticed.
    */
   async #lookAgain(): Promise<void> {
-    if (!this.#guarded) return
+    if (this.#guarded && this.#mayHaveMissedAnExchange()) await this.#check()
+  }
+
+  #mayHaveMissedAnExchange(): boolean {
     if (this.pool.totalCount === 0) this.#suspect = true
-    if (this.#suspect) await this.#check()
+    return this.#suspect
+  }
+
+  /** Asked in the caller's transaction: asked on the pool it could wait for the connection that this very transaction holds. */
+  async #lookAgainIn(tx: PostgresTx): Promise<void> {
+    const [row] = await this.#sendIn<{ restored: boolean | string }>(
+      tx,
+      this.#statement('select klieo.restored()::text as restored').text,
+      [],
+    )
+    if (row?.restored === 'true') {
+      // Beside it: the repair waits until this transaction has ended.
+      this.repair().catch(() => {})
+      throw new BusError(
+        'conflict',
+        'the database was restored from a dump and is being repaired; roll back and run the transaction again',
+        {
+          retryable: true,
+        },
+      )
+    }
+    this.#suspect = false
   }
 
   #check(): Promise<void> {
