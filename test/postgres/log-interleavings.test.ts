@@ -7,9 +7,10 @@ import { randomBytes } from 'node:crypto'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
-import { type Session, session, untilBlocked } from '../support/sessions.ts'
+import { type Session, untilBlocked } from '../support/sessions.ts'
 import { ackIn, type Fetched, fetchIn } from './support/fetching.ts'
 import { randomFrom } from './support/random.ts'
+import { rival } from './support/rival.ts'
 
 const schema = freshSchema()
 const connectionString = databaseUrl()
@@ -21,7 +22,7 @@ let names = 0
 
 beforeAll(async () => {
   bus = await PostgresBus.connect({ connectionString, schema, maintenance: false })
-  observer = await session(connectionString)
+  observer = await rival(connectionString)
 })
 
 afterAll(async () => {
@@ -49,8 +50,8 @@ async function sqlState(promise: Promise<unknown>): Promise<string | undefined> 
 describe('two fetchers of one durable', () => {
   test('P3 one that waits for the other’s lock, a message committing meanwhile, repeats nothing and moves the cursor forward', async () => {
     await freshDurable()
-    await using one = await session(connectionString)
-    await using two = await session(connectionString)
+    await using one = await rival(connectionString)
+    await using two = await rival(connectionString)
     await publishIn(observer, 'm1')
     await one.query('begin')
     expect(texts(await fetch(one))).toEqual(['m1'])
@@ -67,8 +68,8 @@ describe('two fetchers of one durable', () => {
 
   test('P3 one that waits behind a fetch that fails gets what that one had taken', async () => {
     await freshDurable()
-    await using one = await session(connectionString)
-    await using two = await session(connectionString)
+    await using one = await rival(connectionString)
+    await using two = await rival(connectionString)
     await publishIn(observer, 'm1')
     await one.query('begin')
     expect(texts(await fetch(one))).toEqual(['m1'])
@@ -84,10 +85,10 @@ describe('two fetchers of one durable', () => {
 
   test('P9 three that wait in a row while transactions end in every order share what is committed, and a straggler comes last', async () => {
     await freshDurable()
-    await using holder = await session(connectionString)
-    await using early = await session(connectionString)
-    await using straggler = await session(connectionString)
-    const fetchers = await Promise.all([session(connectionString), session(connectionString), session(connectionString)])
+    await using holder = await rival(connectionString)
+    await using early = await rival(connectionString)
+    await using straggler = await rival(connectionString)
+    const fetchers = await Promise.all([rival(connectionString), rival(connectionString), rival(connectionString)])
     try {
       await early.query('begin')
       await publishIn(early, 'early')
@@ -119,7 +120,7 @@ describe('two fetchers of one durable', () => {
 
   test('P9 a window that is read page by page is not widened: what commits meanwhile comes after it, and once', async () => {
     await freshDurable()
-    await using open = await session(connectionString)
+    await using open = await rival(connectionString)
     await open.query('begin')
     await publishIn(open, 'open')
     for (let n = 0; n < 5; n++) await publishIn(observer, `m${n}`)
@@ -135,8 +136,8 @@ describe('two fetchers of one durable', () => {
 
   test('P9 a durable deleted under a waiting fetch ends it, and one made anew under the same name starts over', async () => {
     await freshDurable()
-    await using one = await session(connectionString)
-    await using two = await session(connectionString)
+    await using one = await rival(connectionString)
+    await using two = await rival(connectionString)
     await publishIn(observer, 'm1')
     await one.query('begin')
     await one.query(`delete from ${schema}.consumer_offsets where durable = $1`, [durable])
@@ -156,7 +157,7 @@ describe('a fetch in somebody’s transaction', () => {
   test('J7 it is refused once the transaction has written, in a savepoint too, and nothing is handed out', async () => {
     await freshDurable()
     await publishIn(observer, 'm1')
-    await using caller = await session(connectionString)
+    await using caller = await rival(connectionString)
     await caller.query('begin')
     await publishIn(caller, 'mine')
     expect(await sqlState(fetch(caller))).toBe('KB002')
@@ -173,7 +174,7 @@ describe('a fetch in somebody’s transaction', () => {
   test('P9 it is refused under a snapshot that stands still', async () => {
     await freshDurable()
     await publishIn(observer, 'm1')
-    await using caller = await session(connectionString)
+    await using caller = await rival(connectionString)
     for (const isolation of ['repeatable read', 'serializable']) {
       await caller.query(`begin isolation level ${isolation}`)
       expect(await sqlState(fetch(caller))).toBe('KB003')
@@ -187,8 +188,8 @@ describe('a fetch in somebody’s transaction', () => {
     await publishIn(observer, 'm1')
     expect(texts(await fetchIn(observer, schema, durable, { ackWaitMs: 0 }))).toEqual(['m1'])
     await publishIn(observer, 'm2')
-    await using caller = await session(connectionString)
-    await using holder = await session(connectionString)
+    await using caller = await rival(connectionString)
+    await using holder = await rival(connectionString)
     // The update of a redelivery comes after the lock, which draws the xid, and before the snapshot: there it is held.
     await observer.query(
       `create function ${schema}.test_hold() returns trigger language plpgsql as
@@ -220,8 +221,8 @@ describe('any interleaving', () => {
     await freshDurable()
     const random = randomFrom(seed)
     const below = (n: number) => Math.floor(random() * n)
-    const publishers = await Promise.all(Array.from({ length: 6 }, () => session(connectionString)))
-    const fetchers = await Promise.all(Array.from({ length: 3 }, () => session(connectionString)))
+    const publishers = await Promise.all(Array.from({ length: 6 }, () => rival(connectionString)))
+    const fetchers = await Promise.all(Array.from({ length: 3 }, () => rival(connectionString)))
     const open = new Map<Session, { texts: string[]; savepoint: string[] | undefined }>()
     const committed = new Set<string>()
     const first: string[] = []

@@ -1,8 +1,9 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { BusError, PostgresBus } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
-import { type Session, session } from '../support/sessions.ts'
+import type { Session } from '../support/sessions.ts'
 import { next, take, takeUntil, text } from './support/reading.ts'
+import { rival } from './support/rival.ts'
 
 const schema = freshSchema()
 const connectionString = databaseUrl()
@@ -14,7 +15,7 @@ let observer: Session
 beforeAll(async () => {
   // The sessions here publish by SQL, which rings no bell: what they commit is found by the poll.
   bus = await PostgresBus.connect({ connectionString, schema, pollIntervalMs: 50 })
-  observer = await session(connectionString)
+  observer = await rival(connectionString)
 })
 
 afterAll(async () => {
@@ -45,8 +46,8 @@ async function refused(promise: Promise<unknown>): Promise<BusError> {
 describe('commit order', () => {
   test('P9 a message that commits after a later one was read is delivered, and each once', async () => {
     const { stream, publish, publishIn } = await fresh()
-    await using a = await session(connectionString)
-    await using b = await session(connectionString)
+    await using a = await rival(connectionString)
+    await using b = await rival(connectionString)
     await a.query('begin')
     await publishIn(a, 'a')
     await b.query('begin')
@@ -62,8 +63,8 @@ describe('commit order', () => {
 
   test('P9 a transaction that began earlier and published later, with the higher seq, hides nothing of the other', async () => {
     const { stream, publish, publishIn } = await fresh()
-    await using a = await session(connectionString)
-    await using b = await session(connectionString)
+    await using a = await rival(connectionString)
+    await using b = await rival(connectionString)
     await a.query('begin')
     await a.query('select pg_current_xact_id()')
     await b.query('begin')
@@ -81,8 +82,8 @@ describe('commit order', () => {
 
   test('P9 the same where the later transaction commits first: the earlier xid is below what was read', async () => {
     const { stream, publish, publishIn } = await fresh()
-    await using a = await session(connectionString)
-    await using b = await session(connectionString)
+    await using a = await rival(connectionString)
+    await using b = await rival(connectionString)
     await a.query('begin')
     await a.query('select pg_current_xact_id()')
     await b.query('begin')
@@ -99,7 +100,7 @@ describe('commit order', () => {
 
   test('P9 twenty transactions that commit in the opposite order of their beginning, a read after each, lose and double nothing', async () => {
     const { stream, publish, publishIn } = await fresh()
-    const sessions = await Promise.all(Array.from({ length: 20 }, () => session(connectionString)))
+    const sessions = await Promise.all(Array.from({ length: 20 }, () => rival(connectionString)))
     try {
       for (const [n, client] of sessions.entries()) {
         await client.query('begin')
@@ -117,7 +118,7 @@ describe('commit order', () => {
 
   test('P9 two messages of one transaction around another one that commits between them come together, in publish order', async () => {
     const { stream, publish, publishIn } = await fresh()
-    await using a = await session(connectionString)
+    await using a = await rival(connectionString)
     await a.query('begin')
     await publishIn(a, 'a1')
     await publish('b')
@@ -133,7 +134,7 @@ describe('commit order', () => {
 describe('open transactions', () => {
   test('P9 a publish held open while 1,000 others commit: the 1,000 arrive at once, the late one after its commit', async () => {
     const { stream, publish, publishIn, subject } = await fresh()
-    await using late = await session(connectionString)
+    await using late = await rival(connectionString)
     await late.query('begin')
     await publishIn(late, 'late')
     await Promise.all(Array.from({ length: 1_000 }, (_, n) => publish(`${n}`)))
@@ -154,7 +155,7 @@ describe('open transactions', () => {
 
   test('P1 P9 a publish in a caller’s transaction that commits after 5 seconds comes then, and delays nobody', async () => {
     const { stream, publish, subject } = await fresh()
-    await using caller = await session(connectionString)
+    await using caller = await rival(connectionString)
     await caller.query('begin')
     await bus.pubsub.publish(subject, 'held for 5 s', { tx: caller })
     let slowestMs = 0
@@ -177,7 +178,7 @@ describe('open transactions', () => {
     try {
       const elsewhere = new URL(connectionString)
       elsewhere.pathname = `/${database}`
-      await using stranger = await session(elsewhere.href)
+      await using stranger = await rival(elsewhere.href)
       await stranger.query('begin')
       await stranger.query('create table held (n int)')
       const begunAt = performance.now()
@@ -192,8 +193,8 @@ describe('open transactions', () => {
 
   test('P9 neither does one in the same database that wrote elsewhere, locked rows of the bus’s tables or reads with an old snapshot', async () => {
     const { stream, publish } = await fresh()
-    await using writer = await session(connectionString)
-    await using reader = await session(connectionString)
+    await using writer = await rival(connectionString)
+    await using reader = await rival(connectionString)
     await writer.query('begin')
     await writer.query('create temp table held (n int)')
     await reader.query('begin isolation level repeatable read')
@@ -213,7 +214,7 @@ describe('open transactions', () => {
 describe('transactions and savepoints', () => {
   test('P1 what is rolled back is never delivered, nor what a savepoint undid; what a kept savepoint published is', async () => {
     const { stream, publish, publishIn, subject } = await fresh()
-    await using client = await session(connectionString)
+    await using client = await rival(connectionString)
     await client.query('begin')
     await publishIn(client, 'rolled back')
     await bus.pubsub.publish(subject, 'rolled back too', { tx: client })
@@ -237,7 +238,7 @@ describe('transactions and savepoints', () => {
 
   test('P9 a savepoint’s message carries the xid of its transaction: read before and after the commit, it comes once', async () => {
     const { stream, publish, publishIn } = await fresh()
-    await using client = await session(connectionString)
+    await using client = await rival(connectionString)
     await client.query('begin')
     await client.query('savepoint one')
     await publishIn(client, 'first')
@@ -254,7 +255,7 @@ describe('transactions and savepoints', () => {
 
   test('P1 a process that dies with its transaction open leaves no message', async () => {
     const { stream, publish, publishIn } = await fresh()
-    const client = await session(connectionString)
+    const client = await rival(connectionString)
     await client.query('begin')
     await publishIn(client, 'never committed')
     await observer.query('select pg_terminate_backend($1)', [client.pid])
@@ -278,7 +279,7 @@ describe('starting a durable', () => {
       }
     })
     const rounds = [1, 2, 3, 4, 5]
-    await using slow = await session(connectionString)
+    await using slow = await rival(connectionString)
     for (const round of rounds) {
       // Open while the durables are made, committed afterwards: both must get it.
       await slow.query('begin')

@@ -1,10 +1,11 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
-import { type Session, session, untilBlocked } from '../support/sessions.ts'
+import { type Session, untilBlocked } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
 import { fetchIn } from './support/fetching.ts'
 import { next, take, takeUntil, text } from './support/reading.ts'
+import { rival } from './support/rival.ts'
 
 const connectionString = databaseUrl()
 const SUBJECT = 'kept'
@@ -15,7 +16,7 @@ let schema: string
 let bus: PostgresBus
 
 beforeAll(async () => {
-  observer = await session(connectionString)
+  observer = await rival(connectionString)
 })
 afterAll(async () => {
   await observer?.[Symbol.asyncDispose]()
@@ -52,7 +53,7 @@ async function moveOn(durable: string): Promise<void> {
 describe('retention', () => {
   test('P13 a straggler that commits while old messages are removed is delivered, however old its published_at', async () => {
     const stream = await bus.pubsub.subscribe(SUBJECT, 'reader')
-    await using straggler = await session(connectionString)
+    await using straggler = await rival(connectionString)
     await straggler.query('begin')
     await publishIn(straggler, 'straggler')
     for (let n = 0; n < 20; n++) await publish(`${n}`)
@@ -69,9 +70,9 @@ describe('retention', () => {
 
   test('P13 it commits between the bound and the delete of one round: still delivered', async () => {
     const stream = await bus.pubsub.subscribe(SUBJECT, 'reader')
-    await using straggler = await session(connectionString)
-    await using pruner = await session(connectionString)
-    await using holder = await session(connectionString)
+    await using straggler = await rival(connectionString)
+    await using pruner = await rival(connectionString)
+    await using holder = await rival(connectionString)
     await publish('old')
     expect(await take(stream, 1)).toEqual(['old'])
     await straggler.query('begin')
@@ -149,11 +150,11 @@ describe('retention', () => {
     let running = true
     let removed = 0
     const stream = await bus.pubsub.subscribe(SUBJECT, 'reader')
-    await using pruner = await session(connectionString)
+    await using pruner = await rival(connectionString)
     const pruning = (async () => {
       while (running) removed += await prune(pruner)
     })()
-    const stragglers = await Promise.all(Array.from({ length: 4 }, () => session(connectionString)))
+    const stragglers = await Promise.all(Array.from({ length: 4 }, () => rival(connectionString)))
     try {
       const publishing = stragglers.map(async (client, who) => {
         for (let n = 0; n < 150; n++) {
