@@ -23,10 +23,6 @@ const LEAST_NODE = 22
 class UsageError extends Error {}
 
 async function main(args: readonly string[]): Promise<number> {
-  // npm only warns of an old Node, and what fails then names a function that is missing.
-  if (Number.parseInt(process.versions.node, 10) < LEAST_NODE) {
-    throw new UsageError(`Node ${LEAST_NODE} or newer is needed, this is ${process.version}`)
-  }
   const { values, positionals } = parse(args)
   if (values.help) return print(HELP)
   if (values.version) return print(`${version()}\n`)
@@ -34,6 +30,10 @@ async function main(args: readonly string[]): Promise<number> {
   if (command === undefined) throw new UsageError('a command is missing')
   if (command !== 'migrate') throw new UsageError(`there is no command "${command}"`)
   if (rest.length > 0) throw new UsageError(`migrate takes no argument "${rest[0]}"`)
+  // npm only warns of an old Node, and what fails then names a function that is missing.
+  if (Number.parseInt(process.versions.node, 10) < LEAST_NODE) {
+    throw new BusError('unsupported', `Node ${LEAST_NODE} or newer is needed, this is ${process.version}`)
+  }
   return migrate(values)
 }
 
