@@ -1695,6 +1695,8 @@ AS $function$
       where pg_snapshot_xmax(o.lo) > pg_snapshot_xmax(pg_current_snapshot()) or pg_snapshot_xmax(o.hi) > pg_snapshot_xmax(pg_current_snapshot())
     )
     or coalesce((select m.tx >= pg_snapshot_xmax(pg_current_snapshot()) from klieo.messages m order by m.tx desc, m.seq desc limit 1), false)
+    or coalesce((select c.tx >= pg_snapshot_xmax(pg_current_snapshot()) from klieo.kv_changes c order by c.tx desc, c.revision desc limit 1), false)
+    or exists (select from klieo.kv_horizons h where h.tx > pg_snapshot_xmax(pg_current_snapshot()))
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.retry_dead(queue text, id bigint DEFAULT NULL::bigint)

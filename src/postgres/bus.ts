@@ -14,7 +14,7 @@ import {
 import { Bell } from '../runtime/bell.ts'
 import { systemClock } from '../runtime/clock.ts'
 import type { Context } from './context.ts'
-import { Database, type PostgresTx } from './database.ts'
+import { configOf, Database, type PostgresTx } from './database.ts'
 import { PostgresJobs } from './jobs.ts'
 import { PostgresKv } from './kv.ts'
 import { Listener } from './listener.ts'
@@ -202,14 +202,6 @@ const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', k
 
 function connectionOf(connectionString: string | undefined): pg.ClientConfig {
   return connectionString === undefined ? {} : { connectionString }
-}
-
-/** Where a pool connects. Its password is not enumerable. */
-function configOf(pool: pg.Pool): pg.ClientConfig {
-  const { options } = pool as unknown as { options: pg.PoolConfig }
-  const { connectionString, host, port, user, database, ssl, password } = options
-  const given = { connectionString, host, port, user, database, ssl, password }
-  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined))
 }
 
 function check(options: PostgresBusOptions) {

@@ -29,6 +29,8 @@ export type Row = Readonly<Record<string, unknown>>
 const MAX_TRIES = 5
 /** How long statements that are under way may hold up `close`. */
 const CLOSE_MS = 500
+/** For a connection, and for each lock of a repair. */
+const CHECK_MS = 5_000
 
 /** Parsers of our own, so that neither the session's DateStyle nor an app's changes to pg's parsers reach us. */
 const parsers: Readonly<Record<number, (text: string) => unknown>> = {
@@ -119,7 +121,7 @@ export class Database {
     if (this.#closed) throw closedError('the bus')
     const sql = this.#statement(text).text
     try {
-      if (this.#guarded && this.#mayHaveMissedAnExchange()) await this.#lookAgainIn(tx)
+      await this.#lookAgain()
       return await this.#sendIn<R>(tx, sql, values)
     } catch (error) {
       throw toBusError(error, doing)
@@ -273,48 +275,42 @@ export class Database {
    * connection, and when no connection would have noticed.
    */
   async #lookAgain(): Promise<void> {
-    if (this.#guarded && this.#mayHaveMissedAnExchange()) await this.#check()
-  }
-
-  #mayHaveMissedAnExchange(): boolean {
+    if (!this.#guarded) return
     if (this.pool.totalCount === 0) this.#suspect = true
-    return this.#suspect
+    if (this.#suspect) await this.#check()
   }
 
-  /** Asked in the caller's transaction: asked on the pool it could wait for the connection that this very transaction holds. */
-  async #lookAgainIn(tx: PostgresTx): Promise<void> {
-    const [row] = await this.#sendIn<{ restored: boolean | string }>(
-      tx,
-      this.#statement('select klieo.restored()::text as restored').text,
-      [],
-    )
-    if (row?.restored === 'true') {
-      // Beside it: the repair waits until this transaction has ended.
-      this.repair().catch(() => {})
-      throw new BusError(
-        'conflict',
-        'the database was restored from a dump and is being repaired; roll back and run the transaction again',
-        {
-          retryable: true,
-        },
-      )
-    }
-    this.#suspect = false
-  }
-
+  /**
+   * On a connection of its own: on the pool it could wait for the connection that the caller's transaction holds. A repair that
+   * cannot have its locks soon gives up: the call may be made again.
+   */
   #check(): Promise<void> {
-    this.#checking ??= this.#send<{ restored: boolean }>('select klieo.restored() as restored', [], 'reconnect')
-      .then(async ([row]) => {
-        if (row?.restored) await this.repair()
+    this.#checking ??= this.#checkBeside()
+      .then(() => {
         this.#suspect = false
       })
       .catch((error) => {
-        throw toBusError(error, 'reconnect')
+        throw toBusError(error, 'look for a restored database')
       })
       .finally(() => {
         this.#checking = undefined
       })
     return this.#checking
+  }
+
+  async #checkBeside(): Promise<void> {
+    const client = new pg.Client({ application_name: 'klieo-bus check', connectionTimeoutMillis: CHECK_MS, ...configOf(this.pool) })
+    client.on('error', () => {})
+    try {
+      await client.connect()
+      const { rows } = await client.query<{ restored: boolean }>(this.text('select klieo.restored() as restored'))
+      if (!rows[0]?.restored) return
+      await client.query(`begin isolation level read committed read write; set local lock_timeout = '${CHECK_MS}ms'`)
+      await client.query(this.text('select klieo.rebase()'))
+      await client.query('commit')
+    } finally {
+      await client.end().catch(() => {})
+    }
   }
 
   async repairIfRestored(): Promise<void> {
@@ -327,6 +323,14 @@ export class Database {
   async repair(): Promise<void> {
     await this.#send('select klieo.rebase()', [], 'repair the restored log')
   }
+}
+
+/** Where a pool connects. Its password is not enumerable. */
+export function configOf(pool: pg.Pool): pg.ClientConfig {
+  const { options } = pool as unknown as { options: pg.PoolConfig }
+  const { connectionString, host, port, user, database, ssl, password } = options
+  const given = { connectionString, host, port, user, database, ssl, password }
+  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined))
 }
 
 // biome-ignore lint/suspicious/noExplicitAny: see PostgresTx
