@@ -205,11 +205,11 @@ describe('heartbeats', () => {
         began.resolve()
         await finish.promise
       },
-      { leaseTtlMs: 300 },
+      { leaseTtlMs: 600 },
     )
     await began.promise
     // Another process waits for ten leases; a claim that waits is there at the very moment one ends.
-    expect(await rival.call<ChildJob>({ do: 'claim', queue, ttlMs: 60_000, waitMs: 3_000 })).toEqual({ job: null })
+    expect(await rival.call<ChildJob>({ do: 'claim', queue, ttlMs: 60_000, waitMs: 6_000 })).toEqual({ job: null })
     finish.resolve()
     await eventually(async () => (await observer.query(`select from ${schema}.jobs where id = $1`, [id])).rowCount === 0)
   })

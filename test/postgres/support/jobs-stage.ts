@@ -9,7 +9,7 @@ import { eventually } from '../../support/wait.ts'
 export const schema = freshSchema()
 export const connectionString = databaseUrl()
 /** Long enough for the steps between a claim and its end on a busy machine, short enough to wait for. */
-export const SHORT_MS = 300
+export const SHORT_MS = 500
 export const LONG_MS = 60_000
 
 export let bus: PostgresBus

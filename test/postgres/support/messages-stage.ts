@@ -9,7 +9,7 @@ import { Taker } from './outcome.ts'
 
 export const schema = freshSchema()
 export const connectionString = databaseUrl()
-export const SHORT_MS = 300
+export const SHORT_MS = 500
 export const LONG_MS = 60_000
 /** Time in which a message that must not come would have come: more than a poll interval, also with jitter. */
 export const QUIET_MS = 400
