@@ -471,10 +471,12 @@ declare
   v_room int := claim_jobs.max_jobs;
   v_bytes bigint := claim_jobs.max_bytes;
   v_ended bigint[];
+  v_buried boolean := false;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
+  <<queue>>
   loop
     select j.priority into v_priority
     from klieo.jobs j
@@ -515,9 +517,7 @@ begin
         v_bytes := v_bytes - octet_length(payload);
         return next;
       end loop;
-      if v_room = 0 or v_bytes <= 0 then
-        return;
-      end if;
+      exit queue when v_room = 0 or v_bytes <= 0;
       with ended as materialized (
         select j.id
         from klieo.jobs j
@@ -530,8 +530,13 @@ begin
       select array_agg(ended.id) into v_ended from ended;
       exit when v_ended is null;
       perform klieo.bury_jobs(v_ended, null);
+      v_buried := true;
     end loop;
   end loop;
+  if v_buried then
+    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
+    return next;
+  end if;
 end
 $function$;
 
@@ -2101,7 +2106,7 @@ comment on function klieo.check_payload(argument text, payload bytea) is 'Raises
 
 comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a message may be published there.';
 
-comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
+comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs. A last row without an id says that dead letters were published on the way.';
 
 comment on function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean) is 'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
 

@@ -179,10 +179,12 @@ declare
   v_room int := claim_jobs.max_jobs;
   v_bytes bigint := claim_jobs.max_bytes;
   v_ended bigint[];
+  v_buried boolean := false;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
+  <<queue>>
   loop
     select j.priority into v_priority
     from klieo.jobs j
@@ -223,9 +225,7 @@ begin
         v_bytes := v_bytes - octet_length(payload);
         return next;
       end loop;
-      if v_room = 0 or v_bytes <= 0 then
-        return;
-      end if;
+      exit queue when v_room = 0 or v_bytes <= 0;
       with ended as materialized (
         select j.id
         from klieo.jobs j
@@ -238,12 +238,17 @@ begin
       select array_agg(ended.id) into v_ended from ended;
       exit when v_ended is null;
       perform klieo.bury_jobs(v_ended, null);
+      v_buried := true;
     end loop;
   end loop;
+  if v_buried then
+    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
+    return next;
+  end if;
 end
 $$;
 comment on function klieo.claim_jobs(text, text, bigint, int, bigint) is
-  'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
+  'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs. A last row without an id says that dead letters were published on the way.';
 
 create function klieo.next_job_in_ms(queue text) returns double precision
 language plpgsql stable

@@ -54,6 +54,8 @@ export interface PostgresBusOptions {
 const DEFAULT_RETENTION = { messagesMs: 7 * 24 * 60 * 60 * 1_000, deadJobsMs: 14 * 24 * 60 * 60 * 1_000 }
 /** How long `connect` waits for LISTEN before it goes on without; LISTEN may come later. */
 const LISTEN_WAIT_MS = 3_000
+/** How long `close` tries to hand back what is unsettled. */
+const HAND_BACK_MS = 500
 
 const SUPPORTS: Capabilities = Object.freeze({
   backend: 'postgres',
@@ -192,9 +194,19 @@ export class PostgresBus implements Bus<PostgresTx> {
     const { bell, ringer, db } = this.#context
     this.#state.closed = true
     bell.ringAll()
-    await Promise.all([this.pubsub.close(), this.jobs.close(), this.kv.close(), this.requestReply.close(), this.#maintenance?.close()])
-    await ringer.close()
+    const handBack = Promise.all([
+      this.pubsub.close(),
+      this.jobs.close(),
+      this.kv.close(),
+      this.requestReply.close(),
+      this.#maintenance?.close(),
+    ]).then(() => ringer.close())
+    // Behind somebody's lock, or a server that does not answer, nothing can be handed back: it comes back by itself.
+    let timer: NodeJS.Timeout | undefined
+    await Promise.race([handBack, new Promise<void>((resolve) => (timer = setTimeout(resolve, HAND_BACK_MS)))])
+    clearTimeout(timer)
     await Promise.all([this.#listener.close(), db.close()])
+    await handBack
   }
 }
 

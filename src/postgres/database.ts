@@ -28,7 +28,7 @@ export type Row = Readonly<Record<string, unknown>>
 
 const MAX_TRIES = 5
 /** How long statements that are under way may hold up `close`. */
-const CLOSE_MS = 500
+const CLOSE_MS = 300
 /** For a connection, and for each lock of a repair. */
 const CHECK_MS = 5_000
 
@@ -168,15 +168,19 @@ export class Database {
     this.pool.off('error', this.#onPoolError)
     this.pool.off('connect', this.#onConnect)
     this.pool.off('remove', this.#onRemove)
-    if (!this.#ownsPool) return
-    this.pool.on('error', () => {})
     await this.#idle()
+    if (!this.#ownsPool) return this.#abandon()
+    this.pool.on('error', () => {})
     // A statement that waits for somebody's lock, or for a server that does not answer, must not hold up the end.
     if (this.#underWay.size > 0) {
       for (const client of this.#clients) (client as unknown as { connection: { stream: Duplex } }).connection.stream.destroy()
     }
     await this.pool.end()
     // The pool forgets who waited for a connection.
+    this.#abandon()
+  }
+
+  #abandon(): void {
     for (const reject of this.#underWay) reject(closedError('the bus'))
   }
 

@@ -11,6 +11,12 @@ export const CLAIM = `
   select id::text as id, payload, headers, attempt, max_attempts, fence, token::text as token, extract(epoch from expires_at) * 1000 as expires_at_ms
   from klieo.claim_jobs($1, $2, $3, $4)`
 
+/** $1 id, $2 token */
+export const JOB_WHEREABOUTS = `
+  select case when j.token is null then 'free' when j.token = $2::text::uuid then 'mine' else 'other' end as whereabouts
+  from klieo.jobs j
+  where j.id = $1::text::bigint`
+
 export const NEXT_JOB = `select klieo.next_job_in_ms($1) as due_in_ms`
 
 /** $1 ids, $2 tokens, $3 whether to pass over locked rows */

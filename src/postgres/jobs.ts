@@ -23,10 +23,11 @@ import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
 import { type Claim, type ClaimBackend, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
+import type { Whereabouts } from '../runtime/settlement.ts'
 import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
-import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, NAK_JOBS, NEXT_JOB, RELEASE_JOBS } from './jobs.sql.ts'
+import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, NEXT_JOB, RELEASE_JOBS } from './jobs.sql.ts'
 import { MAX_STATEMENT_BYTES, tooMuch } from './pubsub.ts'
 
 const MAX_ENQUEUE_BATCH_BYTES = 4 * 1024 * 1024
@@ -47,7 +48,7 @@ interface PgClaim extends Claim {
 }
 
 interface ClaimRow extends Record<string, unknown> {
-  readonly id: string
+  readonly id: string | null
   readonly payload: Uint8Array
   readonly headers: Headers
   readonly attempt: number
@@ -152,11 +153,16 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     this.#context.checkOpen()
     const askedAt = clock.now()
     const rows = await db.query<ClaimRow>(CLAIM, [queue, workerId, ttlMs, limit], 'claim')
+    // The last row without an id: dead letters were published on the way.
+    if (rows.at(-1)?.id === null) {
+      rows.pop()
+      this.#context.ringer.ring([deadLetterTopic(queue)])
+    }
     const jobs = rows.map(
       (row) =>
         new HeldJob<PgClaim, PostgresTx>(
           {
-            id: row.id,
+            id: row.id as string,
             queue,
             token: row.token,
             payload: row.payload,
@@ -208,6 +214,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
         'heartbeat',
       )
       return row?.expires_at_ms == null ? null : new Date(Number(row.expires_at_ms))
+    },
+    whereabouts: async (claim) => {
+      const [row] = await this.#context.db.query<{ whereabouts: Whereabouts }>(JOB_WHEREABOUTS, [claim.id, claim.token], 'settle')
+      return row?.whereabouts ?? 'gone'
     },
     release: async (claim) => {
       await this.#releases.add(claim)

@@ -44,6 +44,12 @@ export const EXTEND = `
   select n::text as n, extended
   from klieo.extend_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[], $5::text::boolean)`
 
+/** $1 consumer, $2 seq, $3 token */
+export const DELIVERY_WHEREABOUTS = `
+  select case when d.token is null then 'free' when d.token = $3::text::uuid then 'mine' else 'other' end as whereabouts
+  from klieo.deliveries d
+  where d.consumer_id = $1 and d.seq = $2`
+
 /** $1 consumers, $2 seqs, $3 tokens */
 export const RELEASE = `
   select n::text as n

@@ -20,12 +20,24 @@ import {
 } from '../core/index.ts'
 import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
-import type { Extension } from '../runtime/settlement.ts'
+import type { Extension, Whereabouts } from '../runtime/settlement.ts'
 import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
 import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
-import { ACK, BURY, CREATE_DURABLE, DELETE_DURABLE, EXTEND, FETCH, FIND_DURABLE, NAK, PUBLISH, RELEASE } from './pubsub.sql.ts'
+import {
+  ACK,
+  BURY,
+  CREATE_DURABLE,
+  DELETE_DURABLE,
+  DELIVERY_WHEREABOUTS,
+  EXTEND,
+  FETCH,
+  FIND_DURABLE,
+  NAK,
+  PUBLISH,
+  RELEASE,
+} from './pubsub.sql.ts'
 
 /** A fetch stops after so many bytes of payload, so that a batch of large messages fits into memory. */
 const MAX_FETCH_BYTES = 16 * 1024 * 1024
@@ -205,6 +217,10 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       // An ack in a caller's transaction may hold the row: nobody else's extension is in a batch with it.
       extend: async (delivery, noWait) =>
         noWait ? ((await this.#extend([{ delivery, ackWaitMs }], true))[0] as Extension) : this.#extensions.add({ delivery, ackWaitMs }),
+      whereabouts: async ({ consumer: id, seq, token }) => {
+        const [row] = await this.#context.db.query<{ whereabouts: Whereabouts }>(DELIVERY_WHEREABOUTS, [id, seq, token], 'settle')
+        return row?.whereabouts ?? 'gone'
+      },
       release: async (deliveries) => {
         await this.#context.db.query(RELEASE, keys(deliveries), 'release')
         ring()

@@ -14,7 +14,7 @@ import {
 import { retryDelayMs } from './backoff.ts'
 import type { Clock } from './clock.ts'
 import { HeldLease } from './lease.ts'
-import { Settlement } from './settlement.ts'
+import { type Settle, Settlement, type Whereabouts } from './settlement.ts'
 
 /** A job as a backend claimed it. */
 export interface Claim {
@@ -40,6 +40,8 @@ export interface ClaimBackend<C, Tx> {
   heartbeat(claim: C, ttlMs: number, noWait: boolean): Promise<Date | null>
   /** Claimable again at once. */
   release(claim: C): Promise<void>
+  /** Where answers can be lost or jobs acked in a transaction. */
+  whereabouts?(claim: C): Promise<Whereabouts>
 }
 
 export interface ClaimContext<C, Tx> {
@@ -130,12 +132,12 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
     const error = options?.error
     if (error !== undefined) checkText('error', error)
     const delay = delayMs ?? retryDelayMs(this.#claim.attempt)
-    await this.#settle(false, (noWait) => this.#context.backend.nak(this.#claim, delay, error, noWait))
+    await this.#settle(false, (noWait) => this.#context.backend.nak(this.#claim, delay, error, noWait), 'free')
   }
 
   async deadLetter(reason: string): Promise<void> {
     checkText('reason', reason)
-    await this.#settle(false, (noWait) => this.#context.backend.deadLetter(this.#claim, reason, noWait))
+    await this.#settle(false, (noWait) => this.#context.backend.deadLetter(this.#claim, reason, noWait), 'free')
   }
 
   /** The bus closes. */
@@ -151,9 +153,11 @@ export class HeldJob<C extends Claim, Tx> implements ClaimedJob<Tx> {
     }
   }
 
-  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>): Promise<void> {
+  async #settle(inTransaction: boolean, settle: Settle, leaves?: 'gone' | 'free'): Promise<void> {
     if (this.#context.isClosed()) throw closedError('the bus')
-    await this.#settlement.settle(inTransaction, settle)
+    const { backend } = this.#context
+    const look = backend.whereabouts && (() => backend.whereabouts?.(this.#claim) ?? Promise.resolve<Whereabouts>('gone'))
+    await this.#settlement.settle(inTransaction, settle, look, leaves)
     // In a transaction it may still be rolled back: then the lease goes on.
     if (inTransaction) this.#lease.protect()
     else this.#lease.end()

@@ -22,6 +22,12 @@ const MAX_TRIES = 5
  */
 export type Settle = (noWait: boolean) => Promise<boolean>
 
+/** What became of it, by its token: not there any more, nobody's, still the holder's, or somebody else's. */
+export type Whereabouts = 'gone' | 'free' | 'mine' | 'other'
+
+/** Asked after a refusal that may have other reasons than a lost lease. Backends whose answers cannot be lost need none. */
+export type Look = (() => Promise<Whereabouts>) | undefined
+
 /** `held`: nothing was extended, since an ack in the caller's open transaction holds the row. */
 export type Extension = 'extended' | 'held' | 'lost'
 
@@ -52,15 +58,19 @@ export class Settlement {
     return this.#triedInTransaction
   }
 
-  /** @throws already_settled, lease_lost */
-  async settle(inTransaction: boolean, settle: Settle): Promise<void> {
+  /**
+   * @param leaves where a success leaves it: an ack lets it go, a nak leaves it free
+   * @throws already_settled, lease_lost
+   */
+  async settle(inTransaction: boolean, settle: Settle, look: Look, leaves: 'gone' | 'free' = 'gone'): Promise<void> {
     const before = this.#state
     if (before === 'settled' || before === 'settling') throw alreadySettled(this.#what)
     this.#state = 'settling'
     if (inTransaction) this.#triedInTransaction = true
     try {
-      const done = inTransaction ? await settle(before === 'in-tx') : await this.#insist(() => settle(before === 'in-tx'))
-      if (!done) throw before === 'in-tx' ? alreadySettled(this.#what) : leaseLost(this.#what)
+      const noWait = before === 'in-tx'
+      const done = inTransaction ? await settle(noWait) : await this.#insist(() => settle(noWait), look, leaves)
+      if (!done) throw noWait ? await this.#refused(look) : leaseLost(this.#what)
       this.#state = inTransaction ? 'in-tx' : 'settled'
     } catch (error) {
       this.#state = before
@@ -84,15 +94,24 @@ export class Settlement {
     return true
   }
 
+  /** After an ack in a transaction: that one has ended it, or is still open; or it was rolled back, and the lease is lost. */
+  async #refused(look: Look): Promise<Error> {
+    const found = await look?.()
+    return found === 'free' || found === 'other' ? leaseLost(this.#what) : alreadySettled(this.#what)
+  }
+
   /**
    * The answer to a settlement may be lost with the connection. Asked again, "not yours any more" then means that the
-   * first try arrived, provided that nobody else could have got it meanwhile.
+   * first try arrived, provided that nobody else could have got it meanwhile and that it is where a success leaves it.
    */
-  async #insist(settle: () => Promise<boolean>): Promise<boolean> {
+  async #insist(settle: () => Promise<boolean>, look: Look, leaves: 'gone' | 'free'): Promise<boolean> {
     let ambiguous = false
     for (let tries = 1; ; tries++) {
       try {
-        return (await settle()) || (ambiguous && this.#clock.now() < this.deadline)
+        if (await settle()) return true
+        if (!ambiguous || this.#clock.now() >= this.deadline) return false
+        const found = await look?.()
+        return found === undefined || found === 'gone' || found === leaves
       } catch (error) {
         if (!isBusError(error, 'connection') || tries === MAX_TRIES || this.#clock.now() >= this.deadline) throw error
         ambiguous = true

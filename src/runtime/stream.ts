@@ -27,7 +27,7 @@ import {
 import { jittered, reconnectDelayMs } from './backoff.ts'
 import type { Ear } from './bell.ts'
 import type { Clock } from './clock.ts'
-import { type Extension, Settlement } from './settlement.ts'
+import { type Extension, type Settle, Settlement, type Whereabouts } from './settlement.ts'
 
 /** One handed-out message as a backend fetched it. */
 export interface Delivery {
@@ -57,6 +57,8 @@ export interface DeliveryBackend<D, Tx> {
   extend(delivery: D, noWait: boolean): Promise<Extension>
   /** Hands back without counting the attempt. */
   release(deliveries: readonly D[]): Promise<void>
+  /** Where answers can be lost or messages acked in a transaction. */
+  whereabouts?(delivery: D): Promise<Whereabouts>
 }
 
 export interface StreamOptions<D extends Delivery, Tx> {
@@ -360,7 +362,7 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
 
   async nak(delayMs = 0): Promise<void> {
     checkDuration('delayMs', delayMs)
-    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait), delayMs === 0)
+    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait), 'free', delayMs === 0)
   }
 
   async term(reason?: string): Promise<void> {
@@ -373,9 +375,12 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
     await this.#held.settlement.extend(this.#options.ackWaitMs, (noWait) => this.#options.backend.extend(this.#held.delivery, noWait))
   }
 
-  async #settle(inTransaction: boolean, settle: (noWait: boolean) => Promise<boolean>, again = false): Promise<void> {
+  async #settle(inTransaction: boolean, settle: Settle, leaves?: 'gone' | 'free', again = false): Promise<void> {
     this.#checkOpen()
-    await this.#held.settlement.settle(inTransaction, settle)
+    const { backend } = this.#options
+    const { delivery, settlement } = this.#held
+    const look = backend.whereabouts && (() => backend.whereabouts?.(delivery) ?? Promise.resolve<Whereabouts>('gone'))
+    await settlement.settle(inTransaction, settle, look, leaves)
     this.#onSettled(again)
   }
 

@@ -157,10 +157,12 @@ export class Worker<Tx = never> implements AsyncDisposable {
     if (lost.aborted) onLost()
     else lost.addEventListener('abort', onLost, { once: true })
     const heartbeat = this.#heartbeats(job, controller)
+    const watched = watchSettlement(job)
     try {
-      await this.#handler(job, controller.signal)
+      await this.#handler(watched.job, controller.signal)
       heartbeat.stop()
-      await this.#attempt(job, () => job.ack())
+      // Settled in a transaction that was rolled back, it is not done: an ack now would lose it.
+      if (!watched.settled) await this.#attempt(job, () => job.ack())
     } catch (error) {
       heartbeat.stop()
       this.#report(error, job)
@@ -227,4 +229,25 @@ export class Worker<Tx = never> implements AsyncDisposable {
       signal.removeEventListener('abort', resolve as () => void)
     })
   }
+}
+
+const SETTLEMENTS: ReadonlySet<PropertyKey> = new Set(['ack', 'nak', 'deadLetter'])
+
+/** The job as the handler gets it, and whether he settled it himself. */
+function watchSettlement<Tx>(job: ClaimedJob<Tx>): { readonly job: ClaimedJob<Tx>; readonly settled: boolean } {
+  const watched = {
+    settled: false,
+    job: new Proxy(job, {
+      get(target, key) {
+        const value: unknown = Reflect.get(target, key, target)
+        if (typeof value !== 'function') return value
+        return async (...args: unknown[]) => {
+          const result: unknown = await value.apply(target, args)
+          if (SETTLEMENTS.has(key)) watched.settled = true
+          return result
+        }
+      },
+    }),
+  }
+  return watched
 }

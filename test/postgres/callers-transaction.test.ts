@@ -1,7 +1,7 @@
 import { Kysely, PostgresDialect } from 'kysely'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { BusError, PostgresBus, type PostgresTx } from '../../src/index.ts'
+import { BusError, PostgresBus, type PostgresTx, Worker } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { session } from '../support/sessions.ts'
 
@@ -122,6 +122,29 @@ describe('the caller’s transaction', () => {
     await client.query('commit')
     expect(textOf((await bus.kv.get(name, 'key'))?.value)).toBe('still there')
     await second?.ack()
+  })
+
+  test('J6 Worker: a job that its handler acked in a transaction that was rolled back comes back, though the handler returned', async () => {
+    await using client = await session(connectionString)
+    const name = unique('rolled-back')
+    const attempts: number[] = []
+    const done = Promise.withResolvers<void>()
+    await using _worker = new Worker(
+      bus.jobs,
+      name,
+      async (job) => {
+        attempts.push(job.attempt)
+        await client.query('begin')
+        await job.ack({ tx: client })
+        await client.query(job.attempt === 1 ? 'rollback' : 'commit')
+        if (job.attempt === 2) done.resolve()
+      },
+      { leaseTtlMs: 500 },
+    )
+    await bus.jobs.enqueue(name, { payload: 'x' })
+    await done.promise
+    expect(attempts).toEqual([1, 2])
+    expect(await bus.jobs.claim(name, 'w', 1_000)).toBeNull()
   })
 
   test('section 7 what is no transaction is refused by its name', async () => {
