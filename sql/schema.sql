@@ -457,87 +457,10 @@ $function$;
 
 CREATE OR REPLACE FUNCTION klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint DEFAULT 16777216)
  RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
- LANGUAGE plpgsql
- SET enable_seqscan TO 'off'
- SET enable_bitmapscan TO 'off'
- SET enable_mergejoin TO 'off'
- SET jit TO 'off'
+ LANGUAGE sql
 AS $function$
-#variable_conflict use_column
-declare
-  v_now timestamptz := clock_timestamp();
-  v_ttl interval := make_interval(secs => claim_jobs.lease_ttl_ms / 1000.0);
-  v_priority int := 101;
-  v_room int := claim_jobs.max_jobs;
-  v_bytes bigint := claim_jobs.max_bytes;
-  v_ended bigint[];
-  v_buried boolean := false;
-begin
-  if current_setting('transaction_isolation') <> 'read committed' then
-    raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
-  end if;
-  <<queue>>
-  loop
-    select j.priority into v_priority
-    from klieo.jobs j
-    where j.queue = claim_jobs.queue and j.died_at is null and j.priority < v_priority
-    order by j.priority desc
-    limit 1;
-    exit when not found;
-    loop
-      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
-      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
-        with due as materialized (
-          select j.id, j.visible_at, octet_length(j.payload) as size
-          from klieo.jobs j
-          where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          order by j.visible_at, j.id
-          limit v_room
-          for no key update skip locked
-        ), fitting as (
-          select s.id, s.visible_at
-          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
-          where s.before < v_bytes
-        ), claimed as (
-          update klieo.jobs j
-          set attempts = j.attempts + 1,
-            fence = j.fence + 1,
-            token = gen_random_uuid(),
-            worker_id = claim_jobs.worker_id,
-            visible_at = clock_timestamp() + v_ttl
-          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
-          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
-        )
-        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
-        from claimed c
-        join fitting f on f.id = c.id
-        order by f.visible_at, f.id
-      loop
-        v_room := v_room - 1;
-        v_bytes := v_bytes - octet_length(payload);
-        return next;
-      end loop;
-      exit queue when v_room = 0 or v_bytes <= 0;
-      with ended as materialized (
-        select j.id
-        from klieo.jobs j
-        where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          and j.attempts >= j.max_attempts
-        order by j.visible_at, j.id
-        limit 100
-        for no key update skip locked
-      )
-      select array_agg(ended.id) into v_ended from ended;
-      exit when v_ended is null;
-      perform klieo.bury_jobs(v_ended, null);
-      v_buried := true;
-    end loop;
-  end loop;
-  if v_buried then
-    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
-    return next;
-  end if;
-end
+  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes) t
+  where t.id is not null
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean)
@@ -1786,6 +1709,91 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint DEFAULT 16777216)
+ RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_ttl interval := make_interval(secs => take_jobs.lease_ttl_ms / 1000.0);
+  v_priority int := 101;
+  v_room int := take_jobs.max_jobs;
+  v_bytes bigint := take_jobs.max_bytes;
+  v_ended bigint[];
+  v_buried boolean := false;
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
+  end if;
+  <<queue>>
+  loop
+    select j.priority into v_priority
+    from klieo.jobs j
+    where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority
+    order by j.priority desc
+    limit 1;
+    exit when not found;
+    loop
+      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
+      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
+        with due as materialized (
+          select j.id, j.visible_at, octet_length(j.payload) as size
+          from klieo.jobs j
+          where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          order by j.visible_at, j.id
+          limit v_room
+          for no key update skip locked
+        ), fitting as (
+          select s.id, s.visible_at
+          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
+          where s.before < v_bytes
+        ), claimed as (
+          update klieo.jobs j
+          set attempts = j.attempts + 1,
+            fence = j.fence + 1,
+            token = gen_random_uuid(),
+            worker_id = take_jobs.worker_id,
+            visible_at = clock_timestamp() + v_ttl
+          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
+        )
+        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
+        from claimed c
+        join fitting f on f.id = c.id
+        order by f.visible_at, f.id
+      loop
+        v_room := v_room - 1;
+        v_bytes := v_bytes - octet_length(payload);
+        return next;
+      end loop;
+      exit queue when v_room = 0 or v_bytes <= 0;
+      with ended as materialized (
+        select j.id
+        from klieo.jobs j
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          and j.attempts >= j.max_attempts
+        order by j.visible_at, j.id
+        limit 100
+        for no key update skip locked
+      )
+      select array_agg(ended.id) into v_ended from ended;
+      exit when v_ended is null;
+      perform klieo.bury_jobs(v_ended, null);
+      v_buried := true;
+    end loop;
+  end loop;
+  if v_buried then
+    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
+    return next;
+  end if;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.window_has_message(lo pg_snapshot, hi pg_snapshot)
  RETURNS boolean
  LANGUAGE plpgsql
@@ -2060,7 +2068,7 @@ comment on table klieo.jobs is 'Jobs that are not done: an acknowledged job is d
 
 comment on table klieo.kv_changes is 'Every change of every key for ten minutes: what watches read.';
 
-comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone, so that its revisions grow for ever.';
+comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone for a week, longer than any statement is under way, so that its revisions grow for ever.';
 
 comment on table klieo.kv_horizons is 'What had ended when, about every minute, for ten minutes: changes are pruned by it.';
 
@@ -2106,7 +2114,7 @@ comment on function klieo.check_payload(argument text, payload bytea) is 'Raises
 
 comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a message may be published there.';
 
-comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs. A last row without an id says that dead letters were published on the way.';
+comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
 comment on function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean) is 'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
 
@@ -2179,5 +2187,7 @@ comment on function klieo.retry_dead(queue text, id bigint) is 'Puts dead jobs b
 comment on function klieo.settle_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
 
 comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
+
+comment on function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'claim_jobs, with a last row without an id when dead letters were published on the way.';
 
 comment on function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) is 'Whether hi sees any message that lo does not.';

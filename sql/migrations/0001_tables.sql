@@ -122,7 +122,7 @@ create table klieo.kv_entries (
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, vacuum_truncate = false);
 create index kv_entries_expiry on klieo.kv_entries (expires_at) where expires_at is not null;
 alter sequence klieo.kv_revision owned by klieo.kv_entries.revision;
-comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone, so that its revisions grow for ever.';
+comment on table klieo.kv_entries is 'The key-value store: the current entry of each key. A deleted key stays as a tombstone for a week, longer than any statement is under way, so that its revisions grow for ever.';
 comment on column klieo.kv_entries.bucket is 'The bucket; dedup.<queue> holds the idempotency records of a queue.';
 comment on column klieo.kv_entries.key is 'The key.';
 comment on column klieo.kv_entries.tx is 'The transaction that wrote the entry: tells a starting watch what it will see again among the changes.';

@@ -1,4 +1,5 @@
--- klieo-bus, functions: the key-value store. Deleted keys stay as tombstones, so that a key's revisions grow for ever.
+-- klieo-bus, functions: the key-value store. Deleted keys stay as tombstones for a week: a revision drawn before the deletion
+-- must not come back after it.
 
 create function klieo.dedup_lives(bucket text, value bytea) returns boolean
 language sql stable

@@ -164,7 +164,7 @@ comment on function klieo.bury_jobs(bigint[], text) is
 
 -- Claims the best claimable jobs. Priorities are walked from the top, one index range each, so that neither delayed nor
 -- running jobs of a higher priority stand in the way. A job whose last lease ran out is buried when it is met.
-create function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
+create function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
 returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
 language plpgsql
 set enable_seqscan = off
@@ -174,10 +174,10 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
-  v_ttl interval := make_interval(secs => claim_jobs.lease_ttl_ms / 1000.0);
+  v_ttl interval := make_interval(secs => take_jobs.lease_ttl_ms / 1000.0);
   v_priority int := 101;
-  v_room int := claim_jobs.max_jobs;
-  v_bytes bigint := claim_jobs.max_bytes;
+  v_room int := take_jobs.max_jobs;
+  v_bytes bigint := take_jobs.max_bytes;
   v_ended bigint[];
   v_buried boolean := false;
 begin
@@ -188,7 +188,7 @@ begin
   loop
     select j.priority into v_priority
     from klieo.jobs j
-    where j.queue = claim_jobs.queue and j.died_at is null and j.priority < v_priority
+    where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority
     order by j.priority desc
     limit 1;
     exit when not found;
@@ -198,7 +198,7 @@ begin
         with due as materialized (
           select j.id, j.visible_at, octet_length(j.payload) as size
           from klieo.jobs j
-          where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+          where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
           order by j.visible_at, j.id
           limit v_room
           for no key update skip locked
@@ -211,7 +211,7 @@ begin
           set attempts = j.attempts + 1,
             fence = j.fence + 1,
             token = gen_random_uuid(),
-            worker_id = claim_jobs.worker_id,
+            worker_id = take_jobs.worker_id,
             visible_at = clock_timestamp() + v_ttl
           where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
           returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
@@ -229,7 +229,7 @@ begin
       with ended as materialized (
         select j.id
         from klieo.jobs j
-        where j.queue = claim_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
           and j.attempts >= j.max_attempts
         order by j.visible_at, j.id
         limit 100
@@ -247,8 +247,17 @@ begin
   end if;
 end
 $$;
+comment on function klieo.take_jobs(text, text, bigint, int, bigint) is
+  'claim_jobs, with a last row without an id when dead letters were published on the way.';
+
+create function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
+returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
+language sql as $$
+  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes) t
+  where t.id is not null
+$$;
 comment on function klieo.claim_jobs(text, text, bigint, int, bigint) is
-  'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs. A last row without an id says that dead letters were published on the way.';
+  'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
 create function klieo.next_job_in_ms(queue text) returns double precision
 language plpgsql stable

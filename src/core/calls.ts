@@ -14,6 +14,7 @@ import {
   MAX_CLAIM_LIMIT,
   MAX_DURATION_MS,
 } from './checks.ts'
+import { BusError } from './errors.ts'
 import { checkFilter, checkSubject } from './subjects.ts'
 import type { Headers, Job, Message, SubscribeOptions } from './types.ts'
 
@@ -71,6 +72,18 @@ export function checkJob(job: Job, maxPayloadBytes: number): CheckedJob {
     runAt: job.runAt,
     priority: job.priority ?? 0,
   }
+}
+
+/** Checks each element; what is refused is named by its place. */
+export function checkEach<I, O>(argument: string, items: readonly I[], check: (item: I) => O): O[] {
+  return items.map((item, index) => {
+    try {
+      return check(item)
+    } catch (error) {
+      if (error instanceof BusError) throw new BusError(error.code, `${argument}[${index}]: ${error.message}`, { cause: error.cause })
+      throw error
+    }
+  })
 }
 
 /** @throws invalid_argument unless it is an array of a size one statement can carry */

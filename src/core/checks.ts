@@ -1,5 +1,5 @@
 /**
- * The rules of names, sizes and durations (CONTRACT section 7), checked once, at the edge of every public call and
+ * The rules of names, sizes and durations (docs/contract.md, section 7), checked once, at the edge of every public call and
  * before anything is sent. Each failure names the argument, the kind of the value and the rule; never the value
  * itself, which may be secret or huge.
  */
@@ -100,6 +100,14 @@ export function checkRevision(argument: string, value: unknown): asserts value i
   checkInteger(argument, value, 1, Number.MAX_SAFE_INTEGER)
 }
 
+/** What `cas` expects: a revision, or `null` for "absent". */
+export function checkExpected(value: unknown): asserts value is number | null {
+  if (value === null) return
+  if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < 1) {
+    throw invalid('expected', value, 'must be a revision, or null while the key is to be absent')
+  }
+}
+
 export function checkSignal(value: unknown): asserts value is AbortSignal | undefined {
   if (value !== undefined && !(value instanceof AbortSignal)) throw invalid('signal', value, 'must be an AbortSignal')
 }
@@ -109,9 +117,15 @@ export function checkFunction(argument: string, value: unknown): void {
 }
 
 /** An options bag: `undefined` is an empty one. */
-export function checkOptions(value: unknown): void {
-  if (value !== undefined && (typeof value !== 'object' || value === null || Array.isArray(value))) {
-    throw invalid('options', value, 'must be an object')
+export function checkOptions(value: unknown, argument = 'options'): void {
+  if (value === undefined) return
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) throw invalid(argument, value, 'must be an object')
+  // A transaction in the place of the options would be ignored, and the call would not take part in it.
+  if (
+    typeof (value as { query?: unknown }).query === 'function' ||
+    typeof (value as { executeQuery?: unknown }).executeQuery === 'function'
+  ) {
+    throw invalid(argument, value, 'must be options, not a transaction: pass { tx }')
   }
 }
 

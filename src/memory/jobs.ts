@@ -5,6 +5,7 @@ import {
   type ClaimOptions,
   checkBatch,
   checkDuration,
+  checkEach,
   checkId,
   checkJob,
   checkLimit,
@@ -44,7 +45,7 @@ export class MemoryJobs implements JobQueue {
     checkQueue(queue)
     checkOptions(options)
     checkBatch('jobs', jobs)
-    const checked = jobs.map((job) => this.#check(job))
+    const checked = checkEach('jobs', jobs, (job) => this.#check(job))
     checkTx(options.tx)
     return checked.length === 0 ? [] : this.#enqueue(queue, checked)
   }

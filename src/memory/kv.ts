@@ -2,6 +2,7 @@ import {
   BusError,
   checkBucket,
   checkDuration,
+  checkExpected,
   checkFilter,
   checkKey,
   checkOptions,
@@ -53,7 +54,7 @@ export class MemoryKv implements KvStore {
 
   async cas(bucket: string, key: string, value: Payload, expected: Revision | null, options: KvPutOptions = {}): Promise<Revision> {
     const bytes = this.#checkWrite(bucket, key, value, options)
-    if (expected !== null) checkRevision('expected', expected)
+    checkExpected(expected)
     const { ttlMs, tx } = options
     checkTx(tx)
     const { store } = this.#context

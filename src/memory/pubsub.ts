@@ -3,6 +3,7 @@ import {
   type CheckedSubscription,
   checkBatch,
   checkDurable,
+  checkEach,
   checkMessage,
   checkOptions,
   checkSignal,
@@ -46,7 +47,7 @@ export class MemoryPubsub implements Pubsub {
     this.#context.checkOpen()
     checkOptions(options)
     checkBatch('messages', messages)
-    const checked = messages.map((message) => checkMessage(message, this.#context.maxPayloadBytes))
+    const checked = checkEach('messages', messages, (message) => checkMessage(message, this.#context.maxPayloadBytes))
     checkTx(options.tx)
     return checked.length === 0 ? [] : this.#publish(checked)
   }

@@ -225,16 +225,14 @@ function check(options: PostgresBusOptions) {
   }
   checkConnectionString('connectionString', connectionString)
   checkConnectionString('listenConnectionString', listenConnectionString)
-  if (
-    pool !== undefined &&
-    (typeof pool !== 'object' || pool === null || typeof pool.connect !== 'function' || typeof pool.query !== 'function')
-  ) {
+  // A client of the caller's own cannot be shared with him; a pool counts its connections.
+  if (pool !== undefined && (typeof pool !== 'object' || pool === null || typeof pool.totalCount !== 'number')) {
     throw invalid('pool', pool, 'must be a pg.Pool')
   }
   checkSchema(schema)
   checkBoolean('migrate', options.migrate)
   checkBoolean('maintenance', options.maintenance)
-  checkOptions(retention)
+  checkOptions(retention, 'retention')
   const { messagesMs = DEFAULT_RETENTION.messagesMs, deadJobsMs = DEFAULT_RETENTION.deadJobsMs } = retention
   checkDuration('retention.messagesMs', messagesMs)
   checkDuration('retention.deadJobsMs', deadJobsMs)
@@ -244,7 +242,7 @@ function check(options: PostgresBusOptions) {
 }
 
 function checkConnectionString(argument: string, value: unknown): void {
-  if (value !== undefined && (typeof value !== 'string' || value === '')) {
+  if (value !== undefined && (typeof value !== 'string' || !/^(postgres(ql)?:\/\/|socket:|\/)/.test(value))) {
     throw new BusError('invalid_argument', `${argument} must be a connection string such as postgres://user@host:5432/database`)
   }
 }

@@ -54,6 +54,8 @@ const NEVER_SENT = new Set(['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'ENOENT', 
 const LOST = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ECONNABORTED'])
 const LOST_TEXT =
   /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
+const TX_OVER_TEXT = /Transaction is already (committed|rolled back)/
+const POOL_ENDED_TEXT = /Cannot use a pool after calling end/
 const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
 
 export function sqlState(error: unknown): string | undefined {
@@ -86,6 +88,8 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
   if (LOST.has(code) || LOST_TEXT.test(text)) {
     return { code: 'connection', hint: 'the connection to the server was lost; a write may or may not have happened' }
   }
+  if (TX_OVER_TEXT.test(text)) return { code: 'invalid_argument', hint: 'tx must be a transaction that is still open' }
+  if (POOL_ENDED_TEXT.test(text)) return { code: 'closed', hint: 'the pool of the bus has been ended' }
   if (POOL_FULL_TEXT.test(text)) {
     return { code: 'unavailable', hint: 'no connection of the pool was free in time; raise its size or its connectionTimeoutMillis' }
   }

@@ -6,10 +6,10 @@ export const ENQUEUE = `
   from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
     $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
 
-/** $1 queue, $2 worker, $3 lease in ms, $4 jobs */
+/** $1 queue, $2 worker, $3 lease in ms, $4 jobs. A last row without an id: dead letters were published on the way. */
 export const CLAIM = `
   select id::text as id, payload, headers, attempt, max_attempts, fence, token::text as token, extract(epoch from expires_at) * 1000 as expires_at_ms
-  from klieo.claim_jobs($1, $2, $3, $4)`
+  from klieo.take_jobs($1, $2, $3, $4)`
 
 /** $1 id, $2 token */
 export const JOB_WHEREABOUTS = `

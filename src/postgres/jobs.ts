@@ -5,6 +5,7 @@ import {
   type ClaimOptions,
   checkBatch,
   checkDuration,
+  checkEach,
   checkId,
   checkJob,
   checkLimit,
@@ -102,7 +103,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     checkOptions(options)
     checkTx(options.tx)
     checkBatch('jobs', jobs)
-    const enqueues = jobs.map((job) => ({ queue, job: checkJob(job, this.#context.maxPayloadBytes) }))
+    const enqueues = checkEach('jobs', jobs, (job) => ({ queue, job: checkJob(job, this.#context.maxPayloadBytes) }))
     if (enqueues.length === 0) return []
     return options.tx === undefined ? this.#enqueue(enqueues) : this.#enqueueIn(options.tx, enqueues)
   }
@@ -117,7 +118,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     checkQueue(queue)
     checkId('workerId', workerId)
     checkDuration('leaseTtlMs', leaseTtlMs)
-    checkOptions(options)
+    checkOptions(options ?? null)
     const { limit, waitMs = 0, signal } = options
     checkLimit(limit)
     checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)

@@ -3,6 +3,7 @@ import {
   casConflict,
   checkBucket,
   checkDuration,
+  checkExpected,
   checkFilter,
   checkKey,
   checkOptions,
@@ -98,7 +99,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     options: KvPutOptions<PostgresTx> = {},
   ): Promise<Revision> {
     const { bytes, ttlMs, tx } = this.#checkWrite(bucket, key, value, options)
-    if (expected !== null) checkRevision('expected', expected)
+    checkExpected(expected)
     for (;;) {
       const { revision } = await this.#write(bucket, CAS, [bucket, key, bytes, text(expected), ttlMs], 'cas', tx)
       if (revision !== null) return Number(revision)

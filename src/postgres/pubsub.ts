@@ -4,6 +4,7 @@ import {
   type CheckedSubscription,
   checkBatch,
   checkDurable,
+  checkEach,
   checkMessage,
   checkOptions,
   checkSignal,
@@ -119,7 +120,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     checkOptions(options)
     checkTx(options.tx)
     checkBatch('messages', messages)
-    const checked = messages.map((message) => checkMessage(message, this.#context.maxPayloadBytes))
+    const checked = checkEach('messages', messages, (message) => checkMessage(message, this.#context.maxPayloadBytes))
     if (checked.length === 0) return []
     return options.tx === undefined ? this.#publish(checked) : this.#publishIn(options.tx, checked)
   }

@@ -21,7 +21,7 @@ export interface WorkerOptions {
   readonly leaseTtlMs?: number
   /** Shown beside a running job. @default a random id */
   readonly workerId?: string
-  /** Told of everything that goes wrong: a handler that threw (with its job), a claim that failed. @default a process warning for failed claims */
+  /** Told of everything that goes wrong: a handler that threw (with its job), a claim that failed. @default a process warning */
   readonly onError?: (error: unknown, job?: ClaimedJob) => void
 }
 
@@ -64,7 +64,8 @@ export class Worker<Tx = never> implements AsyncDisposable {
   #stopped: Promise<void> | undefined
 
   constructor(jobs: JobQueue<Tx>, queue: string, handler: JobHandler<Tx>, options: WorkerOptions = {}) {
-    if (typeof jobs !== 'object' || jobs === null || typeof jobs.claimMany !== 'function') throw invalid('jobs', jobs, 'must be a JobQueue')
+    if (typeof jobs !== 'object' || jobs === null || typeof jobs.claimMany !== 'function')
+      throw invalid('jobs', jobs, 'must be a JobQueue, such as bus.jobs')
     checkQueue(queue)
     checkFunction('handler', handler)
     checkOptions(options)
@@ -213,7 +214,10 @@ export class Worker<Tx = never> implements AsyncDisposable {
   #report(error: unknown, job?: ClaimedJob<Tx>): void {
     try {
       if (this.#onError) this.#onError(error, job as ClaimedJob | undefined)
-      else if (!job) process.emitWarning(`worker of queue "${this.#queue}": ${errorText(error)}`, 'KlieoBusWarning')
+      else {
+        const which = job ? `, job ${job.id}, attempt ${job.attempt}` : ''
+        process.emitWarning(`worker of queue "${this.#queue}"${which}: ${errorText(error)}`, 'KlieoBusWarning')
+      }
     } catch {
       // A listener that throws must not end the worker.
     }

@@ -86,7 +86,7 @@ describe('a thousand jobs without an attempt left', () => {
             const { rows } = await client.query(`select coalesce(sum(count), 0)::int as n from ${schema}.reap_jobs(37)`)
             if ((rows[0] as { n: number }).n === 0) return
           } else {
-            expect((await client.query(`select from ${schema}.claim_jobs('q', 'w', 1000, 10) where id is not null`)).rowCount).toBe(0)
+            expect((await client.query(`select from ${schema}.claim_jobs('q', 'w', 1000, 10)`)).rowCount).toBe(0)
             return
           }
         }
