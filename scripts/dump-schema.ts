@@ -75,13 +75,13 @@ const COMMENTS = `
   select text from (
     select format('comment on %s klieo.%I is %L;', case c.relkind when 'v' then 'view' else 'table' end, c.relname, d.description) as text, 1 as kind
     from pg_description d join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass
-    where c.relnamespace = $1::regnamespace and d.objsubid = 0
+    where c.relnamespace = $1::regnamespace and d.objsubid = 0 and c.relname not like 'migrations%'
     union all
     select format('comment on column klieo.%I.%I is %L;', c.relname, a.attname, d.description), 1
     from pg_description d
     join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass
     join pg_attribute a on a.attrelid = c.oid and a.attnum = d.objsubid
-    where c.relnamespace = $1::regnamespace and d.objsubid > 0
+    where c.relnamespace = $1::regnamespace and d.objsubid > 0 and c.relname not like 'migrations%'
     union all
     select format('comment on function klieo.%I(%s) is %L;', p.proname, pg_get_function_identity_arguments(p.oid), d.description), 2
     from pg_description d join pg_proc p on p.oid = d.objoid and d.classoid = 'pg_proc'::regclass

@@ -282,3 +282,19 @@ comment on column klieo.replies.inbox is 'The requesting process.';
 comment on column klieo.replies.ok is 'False: the handler failed and payload is its message.';
 comment on column klieo.replies.payload is 'The bytes.';
 comment on column klieo.replies.expires_at is 'The request''s deadline: nobody waits after it.';
+
+-- The migrator's own tables, which are there before this runs, unless psql runs it.
+do $$
+begin
+  if to_regclass('klieo.migrations') is not null then
+    comment on table klieo.migrations is 'The migrations that were applied.';
+    comment on column klieo.migrations.name is 'The file in sql/migrations.';
+    comment on column klieo.migrations.timestamp is 'When it was applied.';
+  end if;
+  if to_regclass('klieo.migrations_lock') is not null then
+    comment on table klieo.migrations_lock is 'One row, which the migrator of kysely-ctl locks.';
+    comment on column klieo.migrations_lock.id is 'Names the row.';
+    comment on column klieo.migrations_lock.is_locked is 'Not used on PostgreSQL.';
+  end if;
+end
+$$;

@@ -38,12 +38,12 @@ describe('the schema', () => {
     const { rows } = await client.query<{ what: string }>(
       `select format('%I', c.relname) as what
        from pg_class c
-       where c.relnamespace = $1::regnamespace and c.relkind in ('r', 'v') and c.relname not like 'migrations%' and obj_description(c.oid, 'pg_class') is null
+       where c.relnamespace = $1::regnamespace and c.relkind in ('r', 'v') and obj_description(c.oid, 'pg_class') is null
        union all
        select format('%I.%I', c.relname, a.attname)
        from pg_class c
        join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-       where c.relnamespace = $1::regnamespace and c.relkind in ('r', 'v') and c.relname not like 'migrations%' and col_description(c.oid, a.attnum) is null
+       where c.relnamespace = $1::regnamespace and c.relkind in ('r', 'v') and col_description(c.oid, a.attnum) is null
        union all
        select format('%I()', p.proname)
        from pg_proc p
