@@ -1,0 +1,110 @@
+/** A wire to the server that can be frozen and cut: what no server does on command, a network does. */
+
+import { connect, createServer, type Server, type Socket } from 'node:net'
+
+interface Wire {
+  readonly client: Socket
+  readonly server: Socket
+}
+
+export class Relay implements AsyncDisposable {
+  readonly #server: Server
+  readonly #wires = new Set<Wire>()
+  /** The server, by way of this relay. */
+  readonly connectionString: string
+  #answersHeld = false
+  #frozen = false
+  #refusing = false
+  /** Connections that were refused. */
+  refused = 0
+
+  private constructor(server: Server, connectionString: string) {
+    this.#server = server
+    this.connectionString = connectionString
+  }
+
+  static async start(target: string): Promise<Relay> {
+    const url = new URL(target)
+    const [host, port] = [url.hostname, Number(url.port || 5432)]
+    const server = createServer({ allowHalfOpen: true })
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+    url.hostname = '127.0.0.1'
+    url.port = String((server.address() as { port: number }).port)
+    const relay = new Relay(server, url.href)
+    server.on('connection', (client) => relay.#wire(client, host, port))
+    return relay
+  }
+
+  /** Whatever the server answers from now on waits. */
+  holdAnswers(): void {
+    this.#answersHeld = true
+    this.#apply()
+  }
+
+  /** Nothing goes either way, not even the end of a connection: half-open. */
+  freeze(): void {
+    this.#frozen = true
+    this.#apply()
+  }
+
+  thaw(): void {
+    this.#frozen = false
+    this.#answersHeld = false
+    this.#apply()
+  }
+
+  /** New connections are closed at once; those that are there go on. */
+  refuse(refusing: boolean): void {
+    this.#refusing = refusing
+  }
+
+  /** Ends every connection in the middle of whatever goes on. */
+  cut(): void {
+    for (const { client, server } of this.#wires) {
+      client.destroy()
+      server.destroy()
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#refusing = true
+    this.cut()
+    await new Promise<void>((resolve) => this.#server.close(() => resolve()))
+  }
+
+  #wire(client: Socket, host: string, port: number): void {
+    client.on('error', () => {})
+    if (this.#refusing) {
+      this.refused++
+      client.destroy()
+      return
+    }
+    const server = connect({ host, port, allowHalfOpen: true, noDelay: true })
+    server.on('error', () => client.destroy())
+    client.setNoDelay(true)
+    const wire = { client, server }
+    this.#wires.add(wire)
+    client.on('data', (data) => void server.write(data))
+    server.on('data', (data) => void client.write(data))
+    client.on('end', () => server.end())
+    server.on('end', () => client.end())
+    const over = () => {
+      if (this.#frozen) return
+      client.destroy()
+      server.destroy()
+      this.#wires.delete(wire)
+    }
+    client.on('close', over)
+    server.on('close', over)
+    this.#apply()
+  }
+
+  #apply(): void {
+    for (const { client, server } of this.#wires) {
+      if (this.#frozen) client.pause()
+      else client.resume()
+      if (this.#frozen || this.#answersHeld) server.pause()
+      else server.resume()
+    }
+  }
+}
