@@ -115,6 +115,15 @@ begin
   v_most := greatest(v_most, v_count);
   delete from klieo.requests r where r.deadline < clock_timestamp() - interval '1 second';
   delete from klieo.replies r where r.expires_at < clock_timestamp() - interval '1 second';
+  -- Responders whose process died: the lock that would show it alive can be had.
+  delete from klieo.responders r
+  where r.id = any (array(
+    select d.id from klieo.responders d
+    where case
+        when d.alive_until is null then pg_try_advisory_xact_lock_shared(klieo.presence_class(), d.instance_id)
+        else d.alive_until < clock_timestamp() - interval '1 minute'
+      end
+    limit least(prune_rest.max_rows, 500)));
   -- Deliveries whose durable is gone.
   delete from klieo.deliveries d where not exists (select from klieo.consumer_offsets o where o.id = d.consumer_id);
   return v_most;
@@ -134,15 +143,38 @@ create function klieo.live_responders(subject text) returns boolean
 language plpgsql
 set enable_seqscan = off
 set jit = off as $$
+declare
+  r record;
+  v_tried int := 0;
 begin
-  -- Who can take a process's lock finds it dead; the lock goes with this transaction.
-  return exists (
-    select from klieo.responders r
-    where live_responders.subject ~ r.pattern
-      and case
-        when r.alive_until is null then not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id)
-        else r.alive_until > clock_timestamp()
-      end);
+  -- Who can take a process's lock finds it dead; the lock goes with this transaction. The youngest first: the old ones are the
+  -- likelier to be dead.
+  for r in
+    select distinct d.instance_id, d.alive_until from klieo.responders d
+    where live_responders.subject ~ d.pattern
+    order by d.instance_id desc
+  loop
+    if r.alive_until is not null then
+      if r.alive_until > clock_timestamp() then
+        return true;
+      end if;
+    elsif not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id) then
+      return true;
+    else
+      v_tried := v_tried + 1;
+      -- So many that died: rather look through all locks once than fill the lock table with their names.
+      exit when v_tried = 64;
+    end if;
+  end loop;
+  return v_tried = 64 and exists (
+    select
+    from klieo.responders d
+    join pg_locks l on l.objid = (d.instance_id::bigint & 4294967295)::oid
+    where live_responders.subject ~ d.pattern
+      and (d.alive_until > clock_timestamp()
+        or l.locktype = 'advisory' and l.granted and l.mode = 'ExclusiveLock' and l.objsubid = 2
+          and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
+          and l.database = (select oid from pg_database where datname = current_database())));
 end
 $$;
 comment on function klieo.live_responders(text) is 'Whether any live process answers requests on the subject.';

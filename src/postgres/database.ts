@@ -24,6 +24,9 @@ export interface QueryableTx {
 // biome-ignore lint/suspicious/noExplicitAny: a Kysely transaction of whatever database type the caller has
 export type PostgresTx = QueryableTx | pg.ClientBase | Transaction<any>
 
+/** Values, or how to make them once a connection is there. */
+type Values = readonly unknown[] | (() => readonly unknown[])
+
 export type Row = Readonly<Record<string, unknown>>
 
 const MAX_TRIES = 5
@@ -101,7 +104,7 @@ export class Database {
   }
 
   /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
-  async query<R extends Row = Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+  async query<R extends Row = Row>(text: string, values: Values, doing: string): Promise<R[]> {
     await this.#lookAgain()
     for (let tries = 1; ; tries++) {
       try {
@@ -206,20 +209,28 @@ export class Database {
     }
   }
 
-  async #send<R extends Row>(text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+  async #send<R extends Row>(text: string, values: Values, doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
     const statement = this.#statement(text)
-    const query = { ...(this.#prepare ? statement : { text: statement.text }), values: [...values], types } as pg.QueryConfig
-    if (!this.#explicit) return (await this.#track(this.pool.query<R>(query))).rows
-    return this.#track(this.#sendExplicitly<R>(query, doing))
+    const base = { ...(this.#prepare ? statement : { text: statement.text }), types }
+    if (typeof values === 'function' || this.#explicit) {
+      const late = () => ({ ...base, values: [...(typeof values === 'function' ? values() : values)] }) as pg.QueryConfig
+      return this.#track(this.#explicit ? this.#sendExplicitly<R>(late, doing) : this.#sendLate<R>(late, doing))
+    }
+    return (await this.#track(this.pool.query<R>({ ...base, values: [...values] } as pg.QueryConfig))).rows
   }
 
-  #sendExplicitly<R extends Row>(query: pg.QueryConfig, doing: string): Promise<R[]> {
+  /** Its values are made when there is a connection for it. */
+  #sendLate<R extends Row>(query: () => pg.QueryConfig, doing: string): Promise<R[]> {
+    return this.withClient(async (client) => (await client.query<R>(query())).rows, doing)
+  }
+
+  #sendExplicitly<R extends Row>(query: () => pg.QueryConfig, doing: string): Promise<R[]> {
     return this.withClient(async (client) => {
       await client.query('begin isolation level read committed read write')
       try {
         await client.query('set local synchronous_commit = on')
-        const { rows } = await client.query<R>(query)
+        const { rows } = await client.query<R>(query())
         await client.query('commit')
         return rows
       } catch (error) {

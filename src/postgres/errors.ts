@@ -56,11 +56,17 @@ const LOST_TEXT =
   /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
 const TX_OVER_TEXT = /Transaction is already (committed|rolled back)/
 const POOL_ENDED_TEXT = /Cannot use a pool after calling end/
+const NOTIFY_QUEUE_TEXT = /NOTIFY queue/
 const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
 
 export function sqlState(error: unknown): string | undefined {
   const code = (error as DriverError | undefined)?.code
   return typeof code === 'string' && /^[0-9A-Z]{5}$/.test(code) ? code : undefined
+}
+
+/** The statement may be sent again without its notification: consumers poll. */
+export function isNotifyQueueFull(error: unknown): boolean {
+  return error instanceof BusError && error.code === 'unavailable' && NOTIFY_QUEUE_TEXT.test(error.message)
 }
 
 /** @param doing what was being done, for the message */
@@ -80,6 +86,8 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
   if (typeof constraint === 'string' && constraint.endsWith('_size')) {
     return { code: 'payload_too_large', hint: 'a payload or its headers are larger than the tables of the bus take' }
   }
+  if (NOTIFY_QUEUE_TEXT.test(text))
+    return { code: 'unavailable', hint: 'a listener that sleeps in a transaction has filled the notification queue' }
   const known = BY_STATE[code]
   if (known) return known
   if (NEVER_SENT.has(code) || (error instanceof AggregateError && error.errors.length > 0)) {

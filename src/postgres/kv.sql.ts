@@ -32,7 +32,14 @@ export const KEYS = `
   order by e.key
   limit $4`
 
-export const WATCH_SNAPSHOT = `select pg_current_snapshot()::text as snapshot`
+/**
+ * The snapshot up to which a watch has read is kept by the client alone. What it took for ended must be so after a crash, too,
+ * or its transaction ids would be given out again and taken for seen: where anything is unflushed, a record of our own makes
+ * this transaction wait for the disk.
+ */
+export const WATCH_SNAPSHOT = `
+  select pg_current_snapshot()::text as snapshot,
+    case when pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() then pg_logical_emit_message(true, 'klieo', '')::text end as flushed`
 
 /**
  * Present entries as of a snapshot: what a later transaction wrote comes among the changes, and is left out here.

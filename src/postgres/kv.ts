@@ -158,7 +158,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
         isClosed,
         onClose: (closed) => this.#watches.delete(closed),
       })
-      this.#watches.add(watch)
+      if (!watch.closed) this.#watches.add(watch)
       return watch
     } catch (error) {
       ear.close()
@@ -246,7 +246,9 @@ export class PostgresKv implements KvStore<PostgresTx> {
    * page is read, only the change is seen.
    */
   async #changes(bucket: string, filter: string | null, updatesOnly: boolean): Promise<ChangeSource> {
-    const { db } = this.#context
+    const { db, clock } = this.#context
+    let readUpTo = clock.now()
+    let hiAskedAt = readUpTo
     const snapshot = async () => (await db.query<{ snapshot: string }>(WATCH_SNAPSHOT, [], 'watch'))[0]?.snapshot as string
     const start = await snapshot()
     let lo = start
@@ -272,15 +274,20 @@ export class PostgresKv implements KvStore<PostgresTx> {
           const rows = await readEntries()
           if (rows.length > 0) return rows.map(toChange)
         }
-        hi ??= await snapshot()
+        if (hi === undefined) {
+          hiAskedAt = clock.now()
+          hi = await snapshot()
+        }
         const rows = await db.query<EntryRow>(WATCH_CHANGES, [bucket, filter, lo, hi, position, WATCH_PAGE], 'watch')
         if (rows.length < WATCH_PAGE) {
           lo = hi
           hi = undefined
           position = 0
+          readUpTo = hiAskedAt
         } else position = rows.at(-1)?.revision ?? position
         return rows.map(toChange)
       },
+      readUpTo: () => readUpTo,
     }
   }
 

@@ -34,6 +34,8 @@ export class Maintenance {
   readonly #token = crypto.randomUUID()
   #closed = false
   #elected = false
+  /** The lease may still be ours, whatever failed since. */
+  #granted = false
   #running: Promise<void> | undefined
 
   constructor(context: Context, retention: Retention) {
@@ -50,7 +52,7 @@ export class Maintenance {
     this.#end.resolve()
     await this.#running
     // Somebody else may start at once.
-    if (this.#elected) await this.#context.db.query(LEASE_RELEASE, [BUCKET, KEY, this.#token], 'maintenance').catch(() => {})
+    if (this.#granted) await this.#context.db.query(LEASE_RELEASE, [BUCKET, KEY, this.#token], 'maintenance').catch(() => {})
   }
 
   async #run(): Promise<void> {
@@ -80,11 +82,12 @@ export class Maintenance {
 
   async #holdLease(): Promise<boolean> {
     const { db, instance } = this.#context
-    if (this.#elected) {
+    if (this.#granted) {
       const held = await db.query(LEASE_HEARTBEAT, [BUCKET, KEY, this.#token, LEASE_MS], 'maintenance')
       if (held.length > 0) return true
     }
-    return (await db.query(LEASE, [BUCKET, KEY, this.#token, instance, LEASE_MS], 'maintenance')).length > 0
+    this.#granted = (await db.query(LEASE, [BUCKET, KEY, this.#token, instance, LEASE_MS], 'maintenance')).length > 0
+    return this.#granted
   }
 
   async #reap(): Promise<void> {

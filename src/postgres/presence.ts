@@ -30,6 +30,10 @@ export class Presence {
   readonly #end = Promise.withResolvers<void>()
   #instance: Promise<number> | undefined
   #keeping: Promise<void> | undefined
+  /** Resolved while the process counts as live; a new one while it does not (yet, or any more). */
+  #live = pending()
+  /** How it is kept just now: a row is written for that, whatever has become of LISTEN meanwhile. */
+  #mode: 'lock' | 'sign of life' = 'sign of life'
   #writing: Promise<void> = Promise.resolve()
   #closed = false
 
@@ -49,16 +53,14 @@ export class Presence {
     return this.#instance
   }
 
-  /** Resolves once requests that match the filter find this process. */
+  /** Resolves once requests that match the filter find this process. @throws connection, when it cannot be made to count as live */
   async register(responder: object, filter: string): Promise<void> {
+    if (this.#closed) throw closedError('the bus')
     this.#filters.set(responder, filter)
+    this.#keeping ??= this.#keep()
     try {
-      if (this.#keeping) await this.#write()
-      else {
-        const first = Promise.withResolvers<void>()
-        this.#keeping = this.#keep(first)
-        await first.promise
-      }
+      await this.#live.promise
+      await this.#write()
     } catch (error) {
       this.#filters.delete(responder)
       throw error
@@ -85,33 +87,34 @@ export class Presence {
       .then(async () => {
         if (this.#closed) throw closedError('the bus')
         const filters = pgArray([...this.#filters.values()])
-        await this.#db.query(REGISTER, [await this.instance(), filters, this.#byLock() ? null : ALIVE_MS], 'respond')
+        await this.#db.query(REGISTER, [await this.instance(), filters, this.#mode === 'lock' ? null : ALIVE_MS], 'respond')
       })
     return this.#writing
   }
 
-  async #keep(first: PromiseWithResolvers<void>): Promise<void> {
+  /** Runs while there are responders. Who waits for it is told of a failure; what was live before is mended. */
+  async #keep(): Promise<void> {
     let failures = 0
-    let waiting: PromiseWithResolvers<void> | undefined = first
     while (!this.#closed) {
+      const live = this.#live
+      const ready = () => {
+        failures = 0
+        live.resolve()
+      }
       try {
-        const ready = () => {
-          failures = 0
-          waiting?.resolve()
-          waiting = undefined
-        }
         await (this.#byLock() ? this.#holdLock(ready) : this.#showLife(ready))
       } catch (error) {
-        // Who asked first is told; later losses are mended.
-        if (waiting) {
-          this.#keeping = undefined
-          waiting.reject(toBusError(error, 'respond'))
-          return
-        }
+        live.reject(toBusError(error, 'respond'))
       }
-      if (!this.#closed) await this.#pause(reconnectDelayMs(++failures))
+      this.#live = pending()
+      if (this.#closed) break
+      await this.#pause(reconnectDelayMs(++failures))
+      if (this.#filters.size === 0) {
+        this.#keeping = undefined
+        return
+      }
     }
-    waiting?.reject(closedError('the bus'))
+    this.#live.reject(closedError('the bus'))
   }
 
   async #holdLock(ready: () => void): Promise<void> {
@@ -128,6 +131,7 @@ export class Presence {
       await client.connect()
       // Waits for a moment if somebody is just looking whether we live.
       await client.query(this.#db.text(BE_PRESENT), [await this.instance()])
+      this.#mode = 'lock'
       await this.#write()
       ready()
       while (!this.#closed) {
@@ -147,6 +151,7 @@ export class Presence {
   }
 
   async #showLife(ready: () => void): Promise<void> {
+    this.#mode = 'sign of life'
     await this.#write()
     ready()
     while (!this.#closed && !this.#byLock()) {
@@ -167,4 +172,10 @@ export class Presence {
     ])
     clearTimeout(timer)
   }
+}
+
+function pending(): PromiseWithResolvers<void> {
+  const deferred = Promise.withResolvers<void>()
+  deferred.promise.catch(() => {}) // nobody need be waiting
+  return deferred
 }

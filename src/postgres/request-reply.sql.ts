@@ -4,20 +4,21 @@
  */
 
 /**
- * Sends a request if a live responder takes its subject.
- * $1 id, $2 subject, $3 headers, $4 payload, $5 inbox, $6 timeout in ms, $7 channel, $8 notification
+ * Sends a request if a live responder takes its subject. Its time runs from when the statement came in, whatever it waits for:
+ * now() is the start of the transaction, and that is this statement.
+ * $1 id, $2 subject, $3 headers, $4 payload, $5 inbox, $6 timeout in ms, $7 channel, or null not to notify, $8 notification
  */
 export const SEND = `
   with live as materialized (
     select klieo.live_responders($2) as yes
   ), sent as (
     insert into klieo.requests (id, subject, headers, payload, inbox, deadline)
-    select $1::uuid, $2, $3::jsonb, $4, $5, clock_timestamp() + make_interval(secs => $6::double precision / 1000)
+    select $1::uuid, $2, $3::jsonb, $4, $5, now() + make_interval(secs => $6::double precision / 1000)
     from live
     where live.yes
     returning 1
   ), told as (
-    select pg_notify($7, $8) from sent
+    select case when $7::text is not null then pg_notify($7, $8)::text end from sent
   )
   select (select count(*) from told)::int as sent`
 
@@ -42,7 +43,7 @@ export const CLAIM_REQUESTS = `
 
 /**
  * Replies to a request that still waits and is still ours; the first reply removes it, so there is no second.
- * $1 id, $2 process, $3 whether the handler succeeded, $4 payload, $5 channel, $6 notification, in which the inbox is '<inbox>'
+ * $1 id, $2 process, $3 whether the handler succeeded, $4 payload, $5 channel, or null not to notify, $6 notification, in which the inbox is '<inbox>'
  */
 export const REPLY = `
   with answered as (
@@ -55,7 +56,7 @@ export const REPLY = `
     on conflict do nothing
     returning inbox
   )
-  select reply.inbox, pg_notify($5, replace($6, '<inbox>', reply.inbox)) from reply`
+  select reply.inbox, case when $5::text is not null then pg_notify($5, replace($6, '<inbox>', reply.inbox))::text end from reply`
 
 /** $1 inbox */
 export const PICK_UP = `

@@ -31,6 +31,7 @@ import { errorText } from '../runtime/error-text.ts'
 import { asBuffer } from './arrays.ts'
 import type { Context } from './context.ts'
 import type { Row } from './database.ts'
+import { isNotifyQueueFull } from './errors.ts'
 import type { Presence } from './presence.ts'
 import { CLAIM_REQUESTS, PICK_UP, REPLY, SEND, WITHDRAW } from './request-reply.sql.ts'
 
@@ -96,9 +97,12 @@ export class PostgresRequestReply implements RequestReply {
     if (signal?.aborted) onAbort()
     else signal?.addEventListener('abort', onAbort, { once: true })
     let answered = false
+    let sending: Promise<unknown> = Promise.resolve()
     try {
       if (!signal?.aborted) {
-        this.#send(id, subject, headers, bytes, timeoutMs).then((sent) => {
+        const sent = this.#send(id, subject, headers, bytes, clock.now() + timeoutMs)
+        sending = sent.catch(() => {})
+        sent.then((sent) => {
           if (sent) this.#pickUp()
           else reply.reject(new BusError('not_found', `request "${subject}": no live responder; start one, or check the subject`))
         }, reply.reject)
@@ -114,8 +118,8 @@ export class PostgresRequestReply implements RequestReply {
       signal?.removeEventListener('abort', onAbort)
       this.#pending.delete(id)
       if (this.#pending.size === 0) this.#ear?.ring()
-      // A request that nobody waits for must not be started.
-      if (!answered && !this.#context.isClosed()) this.#context.db.query(WITHDRAW, [id], 'request').catch(() => {})
+      // A request that nobody waits for must not be started: taken back when it has been sent, not before.
+      if (!answered) void sending.then(() => this.#context.db.query(WITHDRAW, [id], 'request')).catch(() => {})
     }
   }
 
@@ -154,11 +158,21 @@ export class PostgresRequestReply implements RequestReply {
     await this.#picking
   }
 
-  async #send(id: string, subject: string, headers: Headers, payload: Uint8Array, timeoutMs: number): Promise<boolean> {
-    const { db, ringer, instance, bell } = this.#context
+  async #send(id: string, subject: string, headers: Headers, payload: Uint8Array, deadline: number): Promise<boolean> {
+    const { clock, db, ringer, instance, bell } = this.#context
     const topic = { kind: 'request', name: subject } as const
-    const values = [id, subject, JSON.stringify(headers), asBuffer(payload), instance, timeoutMs, ringer.channel, ringer.notice([topic])]
-    const [row] = await db.query<{ sent: number }>(SEND, values, 'request')
+    const notice = ringer.notice([topic])
+    // What is left when there is a connection for it.
+    const send = (channel: string | null) =>
+      db.query<{ sent: number }>(
+        SEND,
+        () => [id, subject, JSON.stringify(headers), asBuffer(payload), instance, Math.max(0, deadline - clock.now()), channel, notice],
+        'request',
+      )
+    const [row] = await send(ringer.channel).catch((error) => {
+      if (isNotifyQueueFull(error)) return send(null)
+      throw error
+    })
     if (row?.sent !== 1) return false
     bell.ring([topic])
     return true
@@ -280,9 +294,11 @@ class PostgresResponder implements Responder {
         continue
       }
       try {
+        const askedAt = this.#context.clock.now()
         const requests = await db.query<RequestRow>(CLAIM_REQUESTS, [this.#filter, this.#instance, free], 'respond')
         failures = 0
-        for (const request of requests) this.#start(request)
+        // An answer that came late is about requests that nobody waits for any more.
+        for (const request of requests) if (this.#context.clock.now() - askedAt < Number(request.left_ms)) this.#start(request)
         if (requests.length < free) await this.#ear.wait(jittered(pollIntervalMs))
       } catch (error) {
         if (isBusError(error, 'closed')) return
@@ -318,12 +334,14 @@ class PostgresResponder implements Responder {
     }
     const { db, ringer, bell } = this.#context
     const notice = ringer.notice([{ kind: 'inbox', name: '<inbox>' }])
+    let channel: string | null = ringer.channel
     for (let tries = 1; tries <= REPLY_TRIES; tries++) {
       try {
-        const [row] = await db.query<{ inbox: string }>(REPLY, [id, this.#instance, ok, asBuffer(reply), ringer.channel, notice], 'reply')
+        const [row] = await db.query<{ inbox: string }>(REPLY, [id, this.#instance, ok, asBuffer(reply), channel, notice], 'reply')
         if (row) bell.ring([{ kind: 'inbox', name: row.inbox }])
         return
       } catch (error) {
+        if (isNotifyQueueFull(error)) channel = null
         if (!isBusError(error, 'connection') && !isBusError(error, 'unavailable')) return
         await new Promise<void>((resolve) => this.#context.clock.setTimer(resolve, reconnectDelayMs(tries)))
       }

@@ -173,10 +173,12 @@ function notice(from: string, topics: readonly string[]): string {
   return JSON.stringify({ from, topics: [...kinds] } satisfies Notice)
 }
 
+/** Anybody may notify on the channel: what is not ours is passed over. */
 function parse(payload: string): Notice | undefined {
   try {
     const value = JSON.parse(payload) as Partial<Notice>
-    return typeof value.from === 'string' && Array.isArray(value.topics) ? (value as Notice) : undefined
+    const ours = typeof value.from === 'string' && Array.isArray(value.topics) && value.topics.every((topic) => typeof topic === 'string')
+    return ours ? (value as Notice) : undefined
   } catch {
     return undefined
   }

@@ -11,6 +11,8 @@ import type { Clock } from './clock.ts'
 export interface ChangeSource {
   /** The next changes, oldest first; none: wait for a ring. */
   read(): Promise<readonly KvChange[]>
+  /** Local time up to which everything has been read. @default that of the last read */
+  readUpTo?(): number
 }
 
 export interface WatchOptions {
@@ -46,9 +48,13 @@ export class ChangeWatch implements KvWatch {
 
   constructor(options: WatchOptions) {
     this.#options = options
-    if (options.signal?.aborted) this.#closed = true
-    else options.signal?.addEventListener('abort', this.#onAbort, { once: true })
+    options.signal?.addEventListener('abort', this.#onAbort, { once: true })
     this.#running = this.#run()
+    if (options.signal?.aborted) void this.close()
+  }
+
+  get closed(): boolean {
+    return this.#closed
   }
 
   [Symbol.asyncIterator](): AsyncIterator<KvChange, undefined> {
@@ -105,8 +111,8 @@ export class ChangeWatch implements KvWatch {
         failures = 0
         if (this.#closed) return
         this.#take(changes)
+        lastRead = source.readUpTo?.() ?? startedAt
         if (changes.length > 0) continue
-        lastRead = startedAt
         await ear.wait(jittered(pollIntervalMs))
       } catch (error) {
         if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
