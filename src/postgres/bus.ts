@@ -25,6 +25,7 @@ import { PostgresPubsub } from './pubsub.ts'
 import { PostgresRequestReply } from './request-reply.ts'
 import { Ringer } from './ringer.ts'
 import { channelOf, checkSchema, DEFAULT_SCHEMA } from './schema-name.ts'
+import { Sockets } from './sockets.ts'
 
 export interface PostgresBusOptions {
   /** Where the server is. @default the PG* environment */
@@ -107,8 +108,9 @@ export class PostgresBus implements Bus<PostgresTx> {
   static async connect(options: PostgresBusOptions = {}): Promise<PostgresBus> {
     const checked = check(options)
     const ownsPool = options.pool === undefined
-    const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS })
-    const db = new Database(pool, ownsPool, checked.schema)
+    const sockets = new Sockets()
+    const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, stream: sockets.stream })
+    const db = new Database(pool, ownsPool, checked.schema, sockets)
     try {
       await db.open()
       if (checked.migrate) await migrate(pool, checked.schema)
@@ -168,8 +170,10 @@ export class PostgresBus implements Bus<PostgresTx> {
     const { schema } = check(options)
     checkBoolean('check', options.check)
     const ownsPool = options.pool === undefined
-    const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, max: 1 })
-    const db = new Database(pool, ownsPool, schema)
+    const sockets = new Sockets()
+    const pool =
+      options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, stream: sockets.stream, max: 1 })
+    const db = new Database(pool, ownsPool, schema, sockets)
     try {
       await db.open()
       if (!options.check) return await migrate(pool, schema)
@@ -242,8 +246,15 @@ function check(options: PostgresBusOptions) {
 }
 
 function checkConnectionString(argument: string, value: unknown): void {
-  if (value !== undefined && (typeof value !== 'string' || !/^(postgres(ql)?:\/\/|socket:|\/)/.test(value))) {
-    throw new BusError('invalid_argument', `${argument} must be a connection string such as postgres://user@host:5432/database`)
+  if (value === undefined) return
+  const invalidString = () =>
+    new BusError('invalid_argument', `${argument} must be a connection string such as postgres://user@host:5432/database`)
+  if (typeof value !== 'string' || !/^(postgres(ql)?:\/\/|socket:|\/)/.test(value)) throw invalidString()
+  try {
+    // Reads it, and connects nowhere. What it throws repeats the string, password and all: it is no cause.
+    new pg.Client({ connectionString: value })
+  } catch {
+    throw invalidString()
   }
 }
 

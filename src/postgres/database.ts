@@ -7,13 +7,13 @@
  */
 
 import { createHash } from 'node:crypto'
-import type { Duplex } from 'node:stream'
 import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
 import { BusError, closedError, invalid, kindOf } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, sqlState, toBusError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
+import type { Sockets } from './sockets.ts'
 
 /** Any client's open transaction: what adapters turn theirs into. */
 export interface QueryableTx {
@@ -58,9 +58,7 @@ export class Database {
   readonly #texts = new Map<string, { name: string; text: string }>()
   readonly #underWay = new Set<(error: unknown) => void>()
   #onIdle: (() => void) | undefined
-  readonly #clients = new Set<pg.ClientBase>()
-  readonly #onConnect = (client: pg.ClientBase) => void this.#clients.add(client)
-  readonly #onRemove = (client: pg.ClientBase) => void this.#clients.delete(client)
+  readonly #sockets: Sockets
   readonly #onPoolError = () => {
     this.#suspect = true
   }
@@ -74,13 +72,13 @@ export class Database {
   #checking: Promise<void> | undefined
   #closed = false
 
-  constructor(pool: pg.Pool, ownsPool: boolean, schema: string) {
+  /** @param sockets those of an own pool */
+  constructor(pool: pg.Pool, ownsPool: boolean, schema: string, sockets: Sockets) {
+    this.#sockets = sockets
     this.pool = pool
     this.schema = schema
     this.#ownsPool = ownsPool
     pool.on('error', this.#onPoolError)
-    pool.on('connect', this.#onConnect)
-    pool.on('remove', this.#onRemove)
   }
 
   /**
@@ -105,6 +103,7 @@ export class Database {
 
   /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
   async query<R extends Row = Row>(text: string, values: Values, doing: string): Promise<R[]> {
+    if (this.#closed) throw closedError('the bus')
     await this.#lookAgain()
     for (let tries = 1; ; tries++) {
       try {
@@ -169,16 +168,20 @@ export class Database {
     if (this.#closed) return
     this.#closed = true
     this.pool.off('error', this.#onPoolError)
-    this.pool.off('connect', this.#onConnect)
-    this.pool.off('remove', this.#onRemove)
     await this.#idle()
-    if (!this.#ownsPool) return this.#abandon()
-    this.pool.on('error', () => {})
-    // A statement that waits for somebody's lock, or for a server that does not answer, must not hold up the end.
-    if (this.#underWay.size > 0) {
-      for (const client of this.#clients) (client as unknown as { connection: { stream: Duplex } }).connection.stream.destroy()
+    if (!this.#ownsPool) {
+      this.#sockets.cut()
+      return this.#abandon()
     }
-    await this.pool.end()
+    this.pool.on('error', () => {})
+    const ended = this.pool.end()
+    // A statement that waits for somebody's lock, or a goodbye to a server that does not answer, must not hold up the end.
+    const timer = setTimeout(() => {
+      this.#abandon()
+      this.#sockets.cut()
+    }, CLOSE_MS)
+    await ended
+    clearTimeout(timer)
     // The pool forgets who waited for a connection.
     this.#abandon()
   }
@@ -314,7 +317,12 @@ export class Database {
   }
 
   async #checkBeside(): Promise<void> {
-    const client = new pg.Client({ application_name: 'klieo-bus check', connectionTimeoutMillis: CHECK_MS, ...configOf(this.pool) })
+    const client = new pg.Client({
+      application_name: 'klieo-bus check',
+      connectionTimeoutMillis: CHECK_MS,
+      ...configOf(this.pool),
+      stream: this.#sockets.stream,
+    })
     client.on('error', () => {})
     try {
       await client.connect()

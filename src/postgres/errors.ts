@@ -21,6 +21,7 @@ const BY_STATE: Readonly<Record<string, Verdict>> = {
   '55P03': { code: 'timeout', hint: 'a lock was not granted in time; try again', retryable: true },
   '57014': { code: 'timeout', hint: 'the server cancelled the statement; raise statement_timeout or find what it waited for' },
   '25006': { code: 'connection', hint: 'the server is read-only; connect to the primary' },
+  '57P03': { code: 'connection', hint: 'the server is starting up or shutting down', retryable: true },
   '25P03': { code: 'connection', hint: 'the server ended an idle transaction' },
   '25P04': { code: 'connection', hint: 'the server ended a long transaction' },
   '54000': { code: 'payload_too_large', hint: 'something is larger than the server takes' },
@@ -57,6 +58,7 @@ const LOST_TEXT =
 const TX_OVER_TEXT = /Transaction is already (committed|rolled back)/
 const POOL_ENDED_TEXT = /Cannot use a pool after calling end/
 const NOTIFY_QUEUE_TEXT = /NOTIFY queue/
+const NO_SSL_TEXT = /does not support SSL/
 const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
 
 export function sqlState(error: unknown): string | undefined {
@@ -75,6 +77,8 @@ export function toBusError(error: unknown, doing: string): BusError {
   const { code: state, message, constraint } = (error ?? {}) as DriverError
   const text = typeof message === 'string' && message !== '' ? message : String(state ?? 'unknown error')
   const verdict = judge(typeof state === 'string' ? state : '', text, constraint, error)
+  // Node's error about an address carries the whole of it, with its password.
+  if (state === 'ERR_INVALID_URL') return new BusError('invalid_argument', `${doing}: the connection string is not a valid address`)
   return new BusError(verdict.code, `${doing}: ${verdict.hint} (${text})`, { cause: error, ...retryable(verdict) })
 }
 
@@ -97,6 +101,9 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
     return { code: 'connection', hint: 'the connection to the server was lost; a write may or may not have happened' }
   }
   if (TX_OVER_TEXT.test(text)) return { code: 'invalid_argument', hint: 'tx must be a transaction that is still open' }
+  if (code === 'ERR_SOCKET_BAD_PORT') return { code: 'invalid_argument', hint: 'the port of the server is not one' }
+  if (NO_SSL_TEXT.test(text))
+    return { code: 'connection', hint: 'the server takes no encrypted connection; drop sslmode, or set up its certificate' }
   if (POOL_ENDED_TEXT.test(text)) return { code: 'closed', hint: 'the pool of the bus has been ended' }
   if (POOL_FULL_TEXT.test(text)) {
     return { code: 'unavailable', hint: 'no connection of the pool was free in time; raise its size or its connectionTimeoutMillis' }

@@ -16,6 +16,7 @@
 import type pg from 'pg'
 import createSubscriber from 'pg-listen'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
+import { Sockets } from './sockets.ts'
 
 export type ListenerState = 'connecting' | 'listening' | 'poll-only' | 'closed'
 
@@ -32,7 +33,7 @@ type Subscriber = ReturnType<typeof createSubscriber.default>
 const PING_MS = 15_000
 const QUERY_TIMEOUT_MS = 10_000
 const PROBE_MS = 2_000
-const CLOSE_MS = 1_000
+const CLOSE_MS = 300
 const RETRY_MS = 30_000
 
 // pg-listen is CommonJS whose default export is the function.
@@ -105,21 +106,9 @@ export class Listener {
     const broken = Promise.withResolvers<void>()
     const probed = Promise.withResolvers<boolean>()
     const probe = `probe:${crypto.randomUUID()}`
-    const text = (value: unknown) => String(value)
-    const subscriber: Subscriber = create(
-      { application_name: 'klieo-bus listen', connectionTimeoutMillis: QUERY_TIMEOUT_MS, ...this.#config, query_timeout: QUERY_TIMEOUT_MS },
-      {
-        parse: text,
-        serialize: text,
-        paranoidChecking: PING_MS,
-        retryLimit: Number.POSITIVE_INFINITY,
-        retryTimeout: Number.POSITIVE_INFINITY,
-        retryInterval: (attempt: number) => {
-          if (over) throw new Error('closed')
-          return reconnectDelayMs(attempt + 1)
-        },
-      } as Parameters<typeof create>[1],
-    )
+    const sockets = new Sockets()
+    const subscriber = this.#subscriber(sockets, () => over)
+    if (!subscriber) return false
     subscriber.events.on('error', () => broken.resolve())
     subscriber.events.on('notification', ({ payload }) => {
       if (payload === probe) probed.resolve(true)
@@ -150,6 +139,36 @@ export class Listener {
     } finally {
       over = true
       await closeQuietly(subscriber)
+      sockets.cut()
+    }
+  }
+
+  /** @returns nothing where the configuration cannot be read */
+  #subscriber(sockets: Sockets, isOver: () => boolean): Subscriber | undefined {
+    const text = (value: unknown) => String(value)
+    try {
+      return create(
+        {
+          application_name: 'klieo-bus listen',
+          connectionTimeoutMillis: QUERY_TIMEOUT_MS,
+          ...this.#config,
+          query_timeout: QUERY_TIMEOUT_MS,
+          stream: sockets.stream,
+        },
+        {
+          parse: text,
+          serialize: text,
+          paranoidChecking: PING_MS,
+          retryLimit: Number.POSITIVE_INFINITY,
+          retryTimeout: Number.POSITIVE_INFINITY,
+          retryInterval: (attempt: number) => {
+            if (isOver()) throw new Error('closed')
+            return reconnectDelayMs(attempt + 1)
+          },
+        } as Parameters<typeof create>[1],
+      )
+    } catch {
+      return undefined
     }
   }
 

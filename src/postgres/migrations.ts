@@ -200,7 +200,7 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
 }
 
 async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
-  const db = new Kysely<unknown>({ dialect: new LockedDialect({ pool }, schema) })
+  const db = new Kysely<unknown>({ dialect: new LockedDialect({ pool: withoutEvents(pool) }, schema) })
   return db
     .transaction()
     .setIsolationLevel('read committed')
@@ -212,4 +212,23 @@ async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
       if (error !== undefined) throw error
       return (results ?? []).filter(({ status }) => status === 'Success').map(({ migrationName }) => migrationName)
     })
+}
+
+/** A connection that breaks while the migrator has it must not end the process: its statement fails as well. */
+function withoutEvents(pool: pg.Pool): Pick<pg.Pool, 'end' | 'options'> & { connect(): Promise<pg.PoolClient> } {
+  const ignore = () => {}
+  return {
+    options: pool.options,
+    end: () => pool.end(),
+    async connect() {
+      const client = await pool.connect()
+      client.on('error', ignore)
+      const release = client.release.bind(client)
+      client.release = (error) => {
+        client.off('error', ignore)
+        release(error)
+      }
+      return client
+    },
+  }
 }

@@ -16,11 +16,14 @@ import { pgArray } from './arrays.ts'
 import type { Database } from './database.ts'
 import { toBusError } from './errors.ts'
 import { BE_PRESENT, NEW_INSTANCE, REGISTER, SIGN_OF_LIFE } from './request-reply.sql.ts'
+import { Sockets } from './sockets.ts'
 
 const ALIVE_MS = 1_000
 const SIGN_EVERY_MS = 300
 const PING_MS = 15_000
 const CONNECT_MS = 10_000
+/** How long a server may take to answer the goodbye. */
+const GOODBYE_MS = 300
 
 export class Presence {
   readonly #db: Database
@@ -118,11 +121,13 @@ export class Presence {
   }
 
   async #holdLock(ready: () => void): Promise<void> {
+    const sockets = new Sockets()
     const client = new pg.Client({
       application_name: 'klieo-bus presence',
       connectionTimeoutMillis: CONNECT_MS,
       keepAlive: true,
       ...this.#config,
+      stream: sockets.stream,
     })
     const lost = Promise.withResolvers<void>()
     client.on('error', () => lost.resolve())
@@ -141,7 +146,9 @@ export class Presence {
         if (!this.#closed) await Promise.race([client.query('select 1'), lost.promise, this.#late()])
       }
     } finally {
-      await Promise.race([client.end(), this.#pause(1_000)]).catch(() => {})
+      const timer = setTimeout(() => sockets.cut(), GOODBYE_MS)
+      await client.end().catch(() => {})
+      clearTimeout(timer)
     }
   }
 

@@ -1,0 +1,23 @@
+/**
+ * The sockets of connections, so that they can be cut when a server does not answer: neither pg's pool nor pg-listen lets go
+ * of one before it has heard a goodbye, and it would keep the process alive.
+ */
+
+import { Socket } from 'node:net'
+
+export class Sockets {
+  readonly #open = new Set<Socket>()
+
+  /** What pg takes as `stream`. */
+  readonly stream = (): Socket => {
+    const socket = new Socket()
+    this.#open.add(socket)
+    socket.once('close', () => this.#open.delete(socket))
+    return socket
+  }
+
+  cut(): void {
+    for (const socket of this.#open) socket.destroy()
+    this.#open.clear()
+  }
+}
