@@ -1012,8 +1012,10 @@ begin
       where e.value is null or e.expires_at <= clock_timestamp()
     returning e.revision, e.updated_at into v_revision, v_at;
   else
-    -- Locked first, so that the expiry is looked at after a wait.
-    perform from klieo.kv_entries e where e.bucket = kv_cas.bucket and e.key = kv_cas.key for no key update;
+    -- Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is locked.
+    perform from klieo.kv_entries e
+    where e.bucket = kv_cas.bucket and e.key = kv_cas.key and e.revision = kv_cas.expected and e.value is not null
+    for no key update;
     update klieo.kv_entries e
     set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
     where e.bucket = kv_cas.bucket
@@ -1042,7 +1044,9 @@ declare
   v_at timestamptz;
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
-  perform from klieo.kv_entries e where e.bucket = kv_delete.bucket and e.key = kv_delete.key for no key update;
+  perform from klieo.kv_entries e
+  where e.bucket = kv_delete.bucket and e.key = kv_delete.key and e.value is not null and (kv_delete.expected is null or e.revision = kv_delete.expected)
+  for no key update;
   update klieo.kv_entries e
   set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
   where e.bucket = kv_delete.bucket
@@ -1151,18 +1155,17 @@ declare
   r record;
   v_tried int := 0;
 begin
+  if exists (select from klieo.responders d where d.alive_until > clock_timestamp() and live_responders.subject ~ d.pattern) then
+    return true;
+  end if;
   -- Who can take a process's lock finds it dead; the lock goes with this transaction. The youngest first: the old ones are the
   -- likelier to be dead.
   for r in
-    select distinct d.instance_id, d.alive_until from klieo.responders d
-    where live_responders.subject ~ d.pattern
+    select distinct d.instance_id from klieo.responders d
+    where d.alive_until is null and live_responders.subject ~ d.pattern
     order by d.instance_id desc
   loop
-    if r.alive_until is not null then
-      if r.alive_until > clock_timestamp() then
-        return true;
-      end if;
-    elsif not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id) then
+    if not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id) then
       return true;
     else
       v_tried := v_tried + 1;
@@ -1174,11 +1177,14 @@ begin
     select
     from klieo.responders d
     join pg_locks l on l.objid = (d.instance_id::bigint & 4294967295)::oid
-    where live_responders.subject ~ d.pattern
-      and (d.alive_until > clock_timestamp()
-        or l.locktype = 'advisory' and l.granted and l.mode = 'ExclusiveLock' and l.objsubid = 2
-          and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
-          and l.database = (select oid from pg_database where datname = current_database())));
+    where d.alive_until is null
+      and live_responders.subject ~ d.pattern
+      and l.locktype = 'advisory'
+      and l.granted
+      and l.mode = 'ExclusiveLock'
+      and l.objsubid = 2
+      and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
+      and l.database = (select oid from pg_database where datname = current_database()));
 end
 $function$;
 

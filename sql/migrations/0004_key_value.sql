@@ -74,8 +74,10 @@ begin
       where e.value is null or e.expires_at <= clock_timestamp()
     returning e.revision, e.updated_at into v_revision, v_at;
   else
-    -- Locked first, so that the expiry is looked at after a wait.
-    perform from klieo.kv_entries e where e.bucket = kv_cas.bucket and e.key = kv_cas.key for no key update;
+    -- Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is locked.
+    perform from klieo.kv_entries e
+    where e.bucket = kv_cas.bucket and e.key = kv_cas.key and e.revision = kv_cas.expected and e.value is not null
+    for no key update;
     update klieo.kv_entries e
     set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
     where e.bucket = kv_cas.bucket
@@ -104,7 +106,9 @@ declare
   v_at timestamptz;
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
-  perform from klieo.kv_entries e where e.bucket = kv_delete.bucket and e.key = kv_delete.key for no key update;
+  perform from klieo.kv_entries e
+  where e.bucket = kv_delete.bucket and e.key = kv_delete.key and e.value is not null and (kv_delete.expected is null or e.revision = kv_delete.expected)
+  for no key update;
   update klieo.kv_entries e
   set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
   where e.bucket = kv_delete.bucket

@@ -147,18 +147,17 @@ declare
   r record;
   v_tried int := 0;
 begin
+  if exists (select from klieo.responders d where d.alive_until > clock_timestamp() and live_responders.subject ~ d.pattern) then
+    return true;
+  end if;
   -- Who can take a process's lock finds it dead; the lock goes with this transaction. The youngest first: the old ones are the
   -- likelier to be dead.
   for r in
-    select distinct d.instance_id, d.alive_until from klieo.responders d
-    where live_responders.subject ~ d.pattern
+    select distinct d.instance_id from klieo.responders d
+    where d.alive_until is null and live_responders.subject ~ d.pattern
     order by d.instance_id desc
   loop
-    if r.alive_until is not null then
-      if r.alive_until > clock_timestamp() then
-        return true;
-      end if;
-    elsif not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id) then
+    if not pg_try_advisory_xact_lock_shared(klieo.presence_class(), r.instance_id) then
       return true;
     else
       v_tried := v_tried + 1;
@@ -170,11 +169,14 @@ begin
     select
     from klieo.responders d
     join pg_locks l on l.objid = (d.instance_id::bigint & 4294967295)::oid
-    where live_responders.subject ~ d.pattern
-      and (d.alive_until > clock_timestamp()
-        or l.locktype = 'advisory' and l.granted and l.mode = 'ExclusiveLock' and l.objsubid = 2
-          and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
-          and l.database = (select oid from pg_database where datname = current_database())));
+    where d.alive_until is null
+      and live_responders.subject ~ d.pattern
+      and l.locktype = 'advisory'
+      and l.granted
+      and l.mode = 'ExclusiveLock'
+      and l.objsubid = 2
+      and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
+      and l.database = (select oid from pg_database where datname = current_database()));
 end
 $$;
 comment on function klieo.live_responders(text) is 'Whether any live process answers requests on the subject.';

@@ -294,11 +294,17 @@ class PostgresResponder implements Responder {
         continue
       }
       try {
-        const askedAt = this.#context.clock.now()
-        const requests = await db.query<RequestRow>(CLAIM_REQUESTS, [this.#filter, this.#instance, free], 'respond')
+        const { clock } = this.#context
+        let askedAt = clock.now()
+        // Looked at when there is a connection: the time spent waiting for one is not the requests'.
+        const values = () => {
+          askedAt = clock.now()
+          return [this.#filter, this.#instance, free]
+        }
+        const requests = await db.query<RequestRow>(CLAIM_REQUESTS, values, 'respond')
         failures = 0
         // An answer that came late is about requests that nobody waits for any more.
-        for (const request of requests) if (this.#context.clock.now() - askedAt < Number(request.left_ms)) this.#start(request)
+        for (const request of requests) if (clock.now() - askedAt < Number(request.left_ms)) this.#start(request)
         if (requests.length < free) await this.#ear.wait(jittered(pollIntervalMs))
       } catch (error) {
         if (isBusError(error, 'closed')) return
