@@ -150,6 +150,38 @@ describe('compare and set', () => {
   })
 })
 
+describe('what lost', () => {
+  test.each(['cas', 'delete'] as const)('K2 K3 a %s that is lost in a transaction leaves the key to others', async (way) => {
+    const key = freshKey()
+    const old = await bus.kv.put(BUCKET, key, 'a')
+    await bus.kv.put(BUCKET, key, 'b')
+    await using caller = await rival(connectionString)
+    await caller.query('begin')
+    const lost =
+      way === 'cas' ? bus.kv.cas(BUCKET, key, 'c', old, { tx: caller }) : bus.kv.delete(BUCKET, key, { expected: old, tx: caller })
+    expect(await outcome(lost)).toBe('cas_conflict')
+    await using writer = await rival(connectionString)
+    await writer.query(`begin; set local lock_timeout = '2s'`)
+    expect(await outcome(other.kv.put(BUCKET, key, 'd', { tx: writer }))).toBe('ok')
+    await writer.query('commit')
+    await caller.query('commit')
+  })
+
+  test('K2 one that is lost at once does not wait for whoever has the row', async () => {
+    const key = freshKey()
+    const old = await bus.kv.put(BUCKET, key, 'a')
+    await bus.kv.put(BUCKET, key, 'b')
+    await using holder = await rival(connectionString)
+    await holder.query('begin')
+    await bus.kv.put(BUCKET, key, 'c', { tx: holder })
+    await using writer = await rival(connectionString)
+    await writer.query(`begin; set local lock_timeout = '2s'`)
+    expect(await outcome(other.kv.cas(BUCKET, key, 'd', old, { tx: writer }))).toBe('cas_conflict')
+    await writer.query('commit')
+    await holder.query('commit')
+  })
+})
+
 describe('revisions', () => {
   test('K1 K6 put, delete, cas and rolled back writes of four sessions at once: every watch sees them grow and ends with what is there', async () => {
     const key = freshKey()

@@ -94,6 +94,20 @@ describe('the end', () => {
     expect(await endOf(child)).toEqual({ code: 0, late: false })
   })
 
+  test('so it is when its connections are lost, and new ones are taken and never answered', async () => {
+    await using relay = await Relay.start(connectionString)
+    await using child = startChild(CHILD, { args: [relay.connectionString, freshSchemaOf()] })
+    await child.next(({ ready }) => ready === true)
+    relay.cut()
+    relay.freeze()
+    await eventually(() => relay.taken >= 3)
+    child.send('close')
+    const { ended } = (await child.next(({ closedInMs: ms }) => ms !== undefined)) as unknown as Closed
+    expect(ended).toMatchObject({ stream: 'ok', watch: 'ok' })
+    expect(await endOf(child)).toEqual({ code: 0, late: false })
+    relay.thaw()
+  })
+
   test('a connect that fails leaves nothing that keeps the process alive', async () => {
     await using child = startChild(new URL('./support/connect-child.ts', import.meta.url), {
       args: [changed(connectionString, (url) => (url.pathname = '/no_such_database')), schema],

@@ -5,6 +5,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { type BusError, PostgresBus } from '../../src/index.ts'
 import { configOf, Database } from '../../src/postgres/database.ts'
 import { Presence } from '../../src/postgres/presence.ts'
+import { Sockets } from '../../src/postgres/sockets.ts'
 import { type EmbeddedPostgres, startEmbeddedPostgres } from '../../src/testing/index.ts'
 import { startChild } from '../support/child.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
@@ -151,8 +152,9 @@ describe('who is live', () => {
 
   test('R2 a process that lives by its lock goes on doing so when LISTEN is doubted and another responder registers', async () => {
     const [first, second] = [freshSubject(), freshSubject()]
-    const pool = new pg.Pool({ connectionString })
-    const db = new Database(pool, true, schema)
+    const sockets = new Sockets()
+    const pool = new pg.Pool({ connectionString, stream: sockets.stream })
+    const db = new Database(pool, true, schema, sockets)
     await db.open()
     let direct = true
     const presence = new Presence(db, configOf(pool), () => direct)
@@ -187,8 +189,9 @@ describe('who is live', () => {
 
   test('R2 by sign of life: found for as long as it gives one, and gone within a second and a poll after its end', async () => {
     const subject = freshSubject()
-    const pool = new pg.Pool({ connectionString })
-    const db = new Database(pool, true, schema)
+    const sockets = new Sockets()
+    const pool = new pg.Pool({ connectionString, stream: sockets.stream })
+    const db = new Database(pool, true, schema, sockets)
     await db.open()
     const presence = new Presence(db, configOf(pool), () => false)
     const live = async () => {
@@ -293,6 +296,21 @@ describe('what reaches whom', () => {
     expect(handled).toEqual(['warm', 'next'])
   })
 
+  test('R1 a claim that waited for a connection of its pool answers whatever still has time', async () => {
+    const subject = freshSubject()
+    const pool = new pg.Pool({ connectionString, max: 1 })
+    const responding = await PostgresBus.connect({ ...options, connectionString: undefined, pool })
+    await responding.requestReply.respond(subject, ({ payload }) => payload)
+    expect(text(await ask(bus, subject))).toBe(subject)
+    // The app's own statement has the only connection for a good half of the time that the request has.
+    const busy = pool.query('select pg_sleep(1.3)')
+    const request = outcome(ask(bus, subject, 2_200))
+    await busy
+    expect(await request).toBe('ok')
+    await responding.close()
+    await pool.end()
+  })
+
   test('R4 a request that waited for a lock beyond its deadline is not started', async () => {
     const subject = freshSubject()
     const handled: string[] = []
@@ -385,6 +403,25 @@ describe('a server of its own', () => {
     expect(await outcome(ask(asking, 'many'))).toBe('not_found')
     await using _responder = await asking.requestReply.respond('many', () => 'here')
     expect(await outcome(ask(asking, 'many'))).toBe('ok')
+  })
+
+  test('R2 a process that lives by its sign of life is found behind a hundred that died', async () => {
+    const sockets = new Sockets()
+    const pool = new pg.Pool({ connectionString: server.connectionString, stream: sockets.stream })
+    const db = new Database(pool, true, 'klieo', sockets)
+    await db.open()
+    const presence = new Presence(db, configOf(pool), () => false)
+    await presence.register({}, 'hundred')
+    await db.query(
+      `insert into klieo.responders (instance_id, filter, pattern)
+       select 2000000 + n, 'hundred', klieo.filter_pattern('hundred') from generate_series(1, 100) n`,
+      [],
+      'test',
+    )
+    const [row] = await db.query<{ live: boolean }>(`select klieo.live_responders('hundred') as live`, [], 'test')
+    expect(row).toEqual({ live: true })
+    await presence.close()
+    await db.close()
   })
 
   test('R1 P14 the notification queue is full: a request is answered all the same', async () => {

@@ -17,6 +17,8 @@ export class Relay implements AsyncDisposable {
   #refusing = false
   /** Connections that were refused. */
   refused = 0
+  /** Connections that were taken while it was frozen. */
+  taken = 0
 
   private constructor(server: Server, connectionString: string) {
     this.#server = server
@@ -79,6 +81,7 @@ export class Relay implements AsyncDisposable {
       client.destroy()
       return
     }
+    if (this.#frozen) this.taken++
     const server = connect({ host, port, allowHalfOpen: true, noDelay: true })
     server.on('error', () => client.destroy())
     client.setNoDelay(true)
