@@ -81,6 +81,18 @@ describe('the end', () => {
     relay.thaw()
   })
 
+  test('so it is for a bus that has nothing under way and says goodbye to a server that does not answer', async () => {
+    await using relay = await Relay.start(connectionString)
+    await using child = startChild(new URL('./support/connect-child.ts', import.meta.url), {
+      args: [relay.connectionString, schema, 'wait'],
+    })
+    expect(await child.next(({ connected }) => connected !== undefined)).toEqual({ connected: 'ok' })
+    relay.freeze()
+    child.send('close')
+    expect(await endOf(child)).toEqual({ code: 0, late: false })
+    relay.thaw()
+  })
+
   test('so it is when the server is gone', async () => {
     await using relay = await Relay.start(connectionString)
     await using child = startChild(CHILD, { args: [relay.connectionString, freshSchemaOf()] })
@@ -248,6 +260,29 @@ describe('what failed', () => {
       expect(await failureOf(connectTo(url))).toMatchObject({ code: 'permission_denied', retryable: false })
     } finally {
       await observer.query(`drop role ${role}`)
+    }
+  })
+
+  test('a role that may have two connections, one for the pool and one for LISTEN, has enough', async () => {
+    const role = `two_${schema}`
+    await observer.query(`create role ${role} login password 'p' connection limit 2`)
+    await observer.query(`grant usage on schema ${schema} to ${role}`)
+    for (const what of ['tables', 'sequences', 'functions']) await observer.query(`grant all on all ${what} in schema ${schema} to ${role}`)
+    const url = changed(connectionString, (to) => {
+      to.username = role
+      to.password = 'p'
+    })
+    const pool = new pg.Pool({ connectionString: url, max: 1 })
+    pool.on('error', () => {})
+    const bus = await PostgresBus.connect({ pool, schema, maintenance: false })
+    try {
+      expect(await outcome(bus.kv.put('limit', 'k', 'v'))).toBe('ok')
+      await observer.query(`select pg_terminate_backend(pid) from pg_stat_activity where usename = $1`, [role])
+      await eventually(async () => expect(await outcome(bus.kv.put('limit', 'k', 'v'))).toBe('ok'), { timeoutMs: 5_000 })
+    } finally {
+      await bus.close()
+      await pool.end()
+      await observer.query(`drop owned by ${role}; drop role ${role}`)
     }
   })
 

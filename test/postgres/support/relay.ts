@@ -5,6 +5,7 @@ import { connect, createServer, type Server, type Socket } from 'node:net'
 interface Wire {
   readonly client: Socket
   readonly server: Socket
+  silent: boolean
 }
 
 export class Relay implements AsyncDisposable {
@@ -49,6 +50,12 @@ export class Relay implements AsyncDisposable {
     this.#apply()
   }
 
+  /** The connections that are open go silent for ever, as behind a router that has forgotten them; new ones work. */
+  silence(): void {
+    for (const wire of this.#wires) wire.silent = true
+    this.#apply()
+  }
+
   thaw(): void {
     this.#frozen = false
     this.#answersHeld = false
@@ -85,14 +92,14 @@ export class Relay implements AsyncDisposable {
     const server = connect({ host, port, allowHalfOpen: true, noDelay: true })
     server.on('error', () => client.destroy())
     client.setNoDelay(true)
-    const wire = { client, server }
+    const wire: Wire = { client, server, silent: false }
     this.#wires.add(wire)
     client.on('data', (data) => void server.write(data))
     server.on('data', (data) => void client.write(data))
     client.on('end', () => server.end())
     server.on('end', () => client.end())
     const over = () => {
-      if (this.#frozen) return
+      if (this.#frozen || wire.silent) return
       client.destroy()
       server.destroy()
       this.#wires.delete(wire)
@@ -103,10 +110,10 @@ export class Relay implements AsyncDisposable {
   }
 
   #apply(): void {
-    for (const { client, server } of this.#wires) {
-      if (this.#frozen) client.pause()
+    for (const { client, server, silent } of this.#wires) {
+      if (this.#frozen || silent) client.pause()
       else client.resume()
-      if (this.#frozen || this.#answersHeld) server.pause()
+      if (this.#frozen || silent || this.#answersHeld) server.pause()
       else server.resume()
     }
   }
