@@ -185,6 +185,27 @@ describe('connections that die', () => {
     expect(await endOf(child)).toEqual({ code: 0, late: false })
   })
 
+  test('reset or ended by the network, again and again, while they are made, idle and at work: typed errors, and it goes on', async () => {
+    await using relay = await Relay.start(connectionString)
+    await using child = startChild(CHILD, { args: [relay.connectionString, schema] })
+    await child.next(({ ready }) => ready === true)
+    child.send('work')
+    let worked: unknown
+    const result = child.next(({ worked: done }) => done !== undefined, 25_000).then((line) => (worked = line.worked))
+    for (let round = 0; round < 20 && worked === undefined; round++) {
+      if (round % 3 === 2) relay.cut()
+      else relay.reset()
+      await observer.query('select pg_sleep(0.03)')
+    }
+    for (const code of Object.keys((await result) as Record<string, number>)) expect(['ok', 'connection']).toContain(code)
+    child.send('work')
+    expect(await child.next(({ worked: done }) => done !== undefined)).toEqual({ worked: { ok: 400 } })
+    relay.reset()
+    child.send('close')
+    await child.next(({ closedInMs: ms }) => ms !== undefined)
+    expect(await endOf(child)).toEqual({ code: 0, late: false })
+  })
+
   test('one in the middle of a migration: connect is rejected, and the process lives', async () => {
     const name = 'process-test migrating'
     await using holder = await session(connectionString)

@@ -75,6 +75,14 @@ export class Relay implements AsyncDisposable {
     }
   }
 
+  /** The same with RST: an error where the other is an end. */
+  reset(): void {
+    for (const { client, server } of this.#wires) {
+      client.resetAndDestroy()
+      server.destroy()
+    }
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     this.#refusing = true
     this.cut()
