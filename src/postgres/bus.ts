@@ -128,11 +128,13 @@ export class PostgresBus implements Bus<PostgresTx> {
     const ringer = new Ringer(db, bell, channel, instance)
     const state = { closed: false }
     const direct = options.listenConnectionString === undefined ? configOf(pool) : connectionOf(options.listenConnectionString)
+    let listened = false
     const listener = new Listener(direct, channel, {
       notify: async (payload) => void (await db.query('select pg_notify($1, $2)', [channel, payload], 'listen')),
       onNotification: (payload) => ringer.heard(payload),
       onConnected: () => {
-        db.suspect()
+        if (listened) db.suspect()
+        listened = true
         bell.ringAll()
       },
     })

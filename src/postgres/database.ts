@@ -9,7 +9,7 @@
 import { createHash } from 'node:crypto'
 import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
-import { BusError, closedError, invalid, kindOf } from '../core/index.ts'
+import { BusError, closedError, invalid, isBusError, kindOf } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, sqlState, toBusError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
@@ -69,7 +69,8 @@ export class Database {
   #suspect = false
   /** The schema is there, so that there is something to look at. */
   #guarded = false
-  #checking: Promise<void> | undefined
+  #looking: Promise<void> | undefined
+  #lookingBeside: Promise<void> | undefined
   #closed = false
 
   /** @param sockets those of an own pool */
@@ -104,7 +105,7 @@ export class Database {
   /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
   async query<R extends Row = Row>(text: string, values: Values, doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
-    await this.#lookAgain()
+    if (this.#mayHaveMissedAnExchange()) await this.#look()
     for (let tries = 1; ; tries++) {
       try {
         return await this.#send<R>(text, values, doing)
@@ -123,7 +124,7 @@ export class Database {
     if (this.#closed) throw closedError('the bus')
     const sql = this.#statement(text).text
     try {
-      await this.#lookAgain()
+      if (this.#mayHaveMissedAnExchange()) await this.#lookFor(tx)
       return await this.#sendIn<R>(tx, sql, values)
     } catch (error) {
       throw toBusError(error, doing)
@@ -181,7 +182,10 @@ export class Database {
       this.#sockets.cut()
     }, CLOSE_MS)
     await ended
+    // The pool does not wait for the goodbyes of idle connections.
+    await this.#sockets.closed(CLOSE_MS)
     clearTimeout(timer)
+    this.#sockets.cut()
     // The pool forgets who waited for a connection.
     this.#abandon()
   }
@@ -289,33 +293,56 @@ export class Database {
   }
 
   /**
-   * Before anything is published to a server that may have been replaced by one that was restored from a dump: after a lost
-   * connection, and when no connection would have noticed.
+   * Before anything is published: the server may have been replaced by one that was restored from a dump. So it may after a lost
+   * connection, and when there was no connection that would have noticed.
    */
-  async #lookAgain(): Promise<void> {
-    if (!this.#guarded) return
-    if (this.pool.totalCount === 0) this.#suspect = true
-    if (this.#suspect) await this.#check()
+  #mayHaveMissedAnExchange(): boolean {
+    if (this.#guarded && this.pool.totalCount === 0) this.#suspect = true
+    return this.#guarded && this.#suspect
+  }
+
+  /** For a statement of our own, on the pool that it will use itself. */
+  #look(): Promise<void> {
+    this.#looking ??= this.#lookOnce(async () => {
+      const [row] = await this.#send<{ restored: boolean }>('select klieo.restored() as restored', [], 'reconnect')
+      if (row?.restored) await this.repair()
+    }).finally(() => {
+      this.#looking = undefined
+    })
+    return this.#looking
   }
 
   /**
-   * On a connection of its own: on the pool it could wait for the connection that the caller's transaction holds. A repair that
-   * cannot have its locks soon gives up: the call may be made again.
+   * For a statement in the caller's transaction, beside the pool: there it could wait for the connection that this very
+   * transaction holds. Where the server has no connection to spare, in the transaction itself, which cannot repair.
    */
-  #check(): Promise<void> {
-    this.#checking ??= this.#checkBeside()
-      .then(() => {
-        this.#suspect = false
-      })
-      .catch((error) => {
-        throw toBusError(error, 'look for a restored database')
-      })
-      .finally(() => {
-        this.#checking = undefined
-      })
-    return this.#checking
+  async #lookFor(tx: PostgresTx): Promise<void> {
+    this.#lookingBeside ??= this.#lookOnce(() => this.#checkBeside()).finally(() => {
+      this.#lookingBeside = undefined
+    })
+    try {
+      return await this.#lookingBeside
+    } catch (error) {
+      if (!isBusError(error, 'unavailable') && !isBusError(error, 'connection')) throw error
+    }
+    const [row] = await this.#sendIn<{ restored: string }>(tx, this.text('select klieo.restored()::text as restored'), [])
+    if (row?.restored !== 'true') return
+    this.repair().catch(() => {}) // it waits for this transaction to end
+    throw new BusError('conflict', 'the database was restored from a dump and is being repaired; roll back and run the transaction again', {
+      retryable: true,
+    })
   }
 
+  async #lookOnce(look: () => Promise<void>): Promise<void> {
+    try {
+      await look()
+      this.#suspect = false
+    } catch (error) {
+      throw toBusError(error, 'look for a restored database')
+    }
+  }
+
+  /** A repair that cannot have its locks soon gives up: the call may be made again. */
   async #checkBeside(): Promise<void> {
     const client = new pg.Client({
       application_name: 'klieo-bus check',

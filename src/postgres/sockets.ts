@@ -7,13 +7,27 @@ import { Socket } from 'node:net'
 
 export class Sockets {
   readonly #open = new Set<Socket>()
+  #onEmpty: (() => void) | undefined
 
   /** What pg takes as `stream`. */
   readonly stream = (): Socket => {
     const socket = new Socket()
     this.#open.add(socket)
-    socket.once('close', () => this.#open.delete(socket))
+    socket.once('close', () => {
+      this.#open.delete(socket)
+      if (this.#open.size === 0) this.#onEmpty?.()
+    })
     return socket
+  }
+
+  /** Resolves when all are closed, or after `ms`. */
+  async closed(ms: number): Promise<void> {
+    if (this.#open.size === 0) return
+    const { promise, resolve } = Promise.withResolvers<void>()
+    this.#onEmpty = resolve
+    const timer = setTimeout(resolve, ms)
+    await promise
+    clearTimeout(timer)
   }
 
   cut(): void {
