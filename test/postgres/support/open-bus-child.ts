@@ -14,14 +14,14 @@ const bus = await PostgresBus.connect({ connectionString, schema, pollIntervalMs
 
 const stream = await bus.pubsub.subscribe('open', `open-${process.pid}`)
 const watch = await bus.kv.watch('open')
-const held = await bus.kv.lease('open', 'held', 60_000)
+const held = await bus.kv.lease('open', `held-${process.pid}`, 60_000)
 await bus.requestReply.respond('open.hang', () => new Promise<never>(() => {}))
 const worker = new Worker(bus.jobs, 'worked', async () => {}, { onError: () => {} })
 const ends = {
   stream: outcome(read(stream)),
   watch: outcome(read(watch)),
   claim: outcome(bus.jobs.claim('empty', 'w', 1_000, { waitMs: 30_000 })),
-  lease: outcome(bus.kv.lease('open', 'held', 1_000, { waitMs: 30_000 })),
+  lease: outcome(bus.kv.lease('open', `held-${process.pid}`, 1_000, { waitMs: 30_000 })),
   request: outcome(bus.requestReply.request('open.hang', '', { timeoutMs: 30_000 })),
 }
 say({ ready: true })
