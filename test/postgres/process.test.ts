@@ -4,6 +4,8 @@ import { inspect } from 'node:util'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { BusError, PostgresBus } from '../../src/index.ts'
+import { Database } from '../../src/postgres/database.ts'
+import { Sockets } from '../../src/postgres/sockets.ts'
 import { type EmbeddedPostgres, startEmbeddedPostgres } from '../../src/testing/index.ts'
 import { type Child, startChild } from '../support/child.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
@@ -204,6 +206,50 @@ describe('connections that die', () => {
     child.send('close')
     await child.next(({ closedInMs: ms }) => ms !== undefined)
     expect(await endOf(child)).toEqual({ code: 0, late: false })
+  })
+
+  test('one that is terminated before it has heard that it is ready is no event of the process', async () => {
+    const name = 'process-test unheard'
+    await using relay = await Relay.start(connectionString)
+    const backend = async () => {
+      const { rows } = await observer.query('select pid from pg_stat_activity where application_name = $1', [name])
+      return (rows[0] as { pid: number } | undefined)?.pid ?? 0
+    }
+    const uncaught: unknown[] = []
+    const note = (error: unknown) => void uncaught.push(error)
+    const others = process.listeners('uncaughtException')
+    process.removeAllListeners('uncaughtException')
+    process.on('uncaughtException', note)
+    let terminated = 0
+    try {
+      // How often a client speaks before the server is ready depends on how it is asked for its password.
+      for (let times = 1; times <= 4 && terminated === 0; times++) {
+        const sockets = new Sockets()
+        const pool = new pg.Pool({ connectionString: named(relay.connectionString, name), stream: sockets.stream })
+        const db = new Database(pool, true, schema, sockets)
+        relay.holdNewAfter(times)
+        const used = db
+          .withClient((client) => client.query('select 1'), 'test')
+          .then(
+            () => 'ok',
+            () => 'failed',
+          )
+        const pid = await eventually(backend, { timeoutMs: 1_000, everyMs: 10 }).catch(() => 0)
+        if (pid > 0) {
+          await observer.query('select pg_terminate_backend($1)', [pid])
+          await eventually(async () => (await backend()) === 0)
+          terminated = pid
+        }
+        relay.thaw()
+        expect(await used).toBe(pid > 0 ? 'failed' : 'ok')
+        await db.close()
+      }
+    } finally {
+      process.off('uncaughtException', note)
+      for (const listener of others) process.on('uncaughtException', listener)
+    }
+    expect(terminated).toBeGreaterThan(0)
+    expect(uncaught).toEqual([])
   })
 
   test('one in the middle of a migration: connect is rejected, and the process lives', async () => {

@@ -16,6 +16,7 @@ export class Relay implements AsyncDisposable {
   #answersHeld = false
   #frozen = false
   #refusing = false
+  #heldAfter = Number.POSITIVE_INFINITY
   /** Connections that were refused. */
   refused = 0
   /** Connections that were taken while it was frozen. */
@@ -44,6 +45,11 @@ export class Relay implements AsyncDisposable {
     this.#apply()
   }
 
+  /** Of each new connection the answers wait once the client has spoken so many times. @see thaw */
+  holdNewAfter(times: number): void {
+    this.#heldAfter = times
+  }
+
   /** Nothing goes either way, not even the end of a connection: half-open. */
   freeze(): void {
     this.#frozen = true
@@ -59,6 +65,7 @@ export class Relay implements AsyncDisposable {
   thaw(): void {
     this.#frozen = false
     this.#answersHeld = false
+    this.#heldAfter = Number.POSITIVE_INFINITY
     this.#apply()
   }
 
@@ -102,7 +109,11 @@ export class Relay implements AsyncDisposable {
     client.setNoDelay(true)
     const wire: Wire = { client, server, silent: false }
     this.#wires.add(wire)
-    client.on('data', (data) => void server.write(data))
+    let times = 0
+    client.on('data', (data) => {
+      if (++times >= this.#heldAfter) server.pause()
+      server.write(data)
+    })
     server.on('data', (data) => void client.write(data))
     client.on('end', () => server.end())
     server.on('end', () => client.end())
