@@ -13,7 +13,7 @@ import { BusError, closedError, invalid, isBusError, kindOf } from '../core/inde
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, sqlState, toBusError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
-import type { Sockets } from './sockets.ts'
+import { type Sockets, takeClient } from './sockets.ts'
 
 /** Any client's open transaction: what adapters turn theirs into. */
 export interface QueryableTx {
@@ -32,6 +32,11 @@ export type Row = Readonly<Record<string, unknown>>
 const MAX_TRIES = 5
 /** How long statements that are under way may hold up `close`. */
 const CLOSE_MS = 300
+/**
+ * A connection that something on the way has forgotten says nothing for ever. No statement of the bus takes so long but one that
+ * waits for another's transaction, and that one may be sent again.
+ */
+const SILENT_MS = 30_000
 /** For a connection, and for each lock of a repair. */
 const CHECK_MS = 5_000
 
@@ -138,18 +143,17 @@ export class Database {
 
   /** A connection for statements that belong together; always given back. */
   async withClient<T>(work: (client: pg.PoolClient) => Promise<T>, doing: string): Promise<T> {
-    let client: pg.PoolClient
-    try {
-      client = await this.pool.connect()
-    } catch (error) {
-      throw toBusError(error, doing)
-    }
     let failure: unknown
     // A connection that breaks while it is out must not end the process.
     const onError = (error: unknown) => {
       failure ??= error
     }
-    client.on('error', onError)
+    let client: pg.PoolClient
+    try {
+      client = await takeClient(this.pool, onError)
+    } catch (error) {
+      throw toBusError(error, doing)
+    }
     try {
       return await work(client)
     } catch (error) {
@@ -216,10 +220,11 @@ export class Database {
     }
   }
 
-  async #send<R extends Row>(text: string, values: Values, doing: string): Promise<R[]> {
+  /** @param silentMs how long the server may say nothing; 0: as long as it takes */
+  async #send<R extends Row>(text: string, values: Values, doing: string, silentMs = SILENT_MS): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
     const statement = this.#statement(text)
-    const base = { ...(this.#prepare ? statement : { text: statement.text }), types }
+    const base = { ...(this.#prepare ? statement : { text: statement.text }), types, query_timeout: silentMs }
     if (typeof values === 'function' || this.#explicit) {
       const late = () => ({ ...base, values: [...(typeof values === 'function' ? values() : values)] }) as pg.QueryConfig
       return this.#track(this.#explicit ? this.#sendExplicitly<R>(late, doing) : this.#sendLate<R>(late, doing))
@@ -371,7 +376,7 @@ export class Database {
 
   /** Makes the log of a restored database deliverable again; does nothing when it is not needed. */
   async repair(): Promise<void> {
-    await this.#send('select klieo.rebase()', [], 'repair the restored log')
+    await this.#send('select klieo.rebase()', [], 'repair the restored log', 0)
   }
 }
 

@@ -57,6 +57,7 @@ const LOST_TEXT =
   /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
 const TX_OVER_TEXT = /Transaction is already (committed|rolled back)/
 const POOL_ENDED_TEXT = /Cannot use a pool after calling end/
+const STANDBY_TEXT = /recovery is in progress/
 const NOTIFY_QUEUE_TEXT = /NOTIFY queue/
 const NO_SSL_TEXT = /does not support SSL/
 const POOL_FULL_TEXT = /timeout exceeded when trying to connect/
@@ -90,6 +91,7 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
   if (typeof constraint === 'string' && constraint.endsWith('_size')) {
     return { code: 'payload_too_large', hint: 'a payload or its headers are larger than the tables of the bus take' }
   }
+  if (STANDBY_TEXT.test(text)) return { code: 'connection', hint: 'the server is a standby; connect to the primary' }
   if (NOTIFY_QUEUE_TEXT.test(text))
     return { code: 'unavailable', hint: 'a listener that sleeps in a transaction has filled the notification queue' }
   const known = BY_STATE[code]

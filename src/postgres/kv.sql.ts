@@ -35,10 +35,11 @@ export const KEYS = `
 /**
  * The snapshot up to which a watch has read is kept by the client alone. What it took for ended must be so after a crash, too,
  * or its transaction ids would be given out again and taken for seen: where anything is unflushed, a record of our own makes
- * this transaction wait for the disk.
+ * this transaction wait for the disk. After a failover to a standby that lacks the end of the log, which is another timeline, no
+ * flush has helped.
  */
 export const WATCH_SNAPSHOT = `
-  select pg_current_snapshot()::text as snapshot,
+  select pg_current_snapshot()::text as snapshot, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) as timeline,
     case when pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() then pg_logical_emit_message(true, 'klieo', '')::text end as flushed`
 
 /**

@@ -26,7 +26,7 @@ import { jittered } from '../runtime/backoff.ts'
 import type { Topic } from '../runtime/bell.ts'
 import { HeldLease } from '../runtime/lease.ts'
 import { longPoll } from '../runtime/long-poll.ts'
-import { type ChangeSource, ChangeWatch } from '../runtime/watch.ts'
+import { type ChangeSource, ChangeWatch, WatchCutOff } from '../runtime/watch.ts'
 import { asBuffer } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx, type Row } from './database.ts'
@@ -249,7 +249,13 @@ export class PostgresKv implements KvStore<PostgresTx> {
     const { db, clock } = this.#context
     let readUpTo = clock.now()
     let hiAskedAt = readUpTo
-    const snapshot = async () => (await db.query<{ snapshot: string }>(WATCH_SNAPSHOT, [], 'watch'))[0]?.snapshot as string
+    let timeline: string | undefined
+    const snapshot = async () => {
+      const [row] = await db.query<{ snapshot: string; timeline: string }>(WATCH_SNAPSHOT, [], 'watch')
+      if (!row || (timeline !== undefined && row.timeline !== timeline)) throw new WatchCutOff('another server was promoted')
+      timeline = row.timeline
+      return row.snapshot
+    }
     const start = await snapshot()
     let lo = start
     let hi: string | undefined

@@ -24,6 +24,7 @@ import { BusError } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, sqlState, toBusError } from './errors.ts'
 import { checkSchema, DEFAULT_SCHEMA, inSchema } from './schema-name.ts'
+import { takeClient } from './sockets.ts'
 
 const FOLDER = new URL('../../sql/migrations/', import.meta.url)
 const MIGRATION_TABLE = 'migrations'
@@ -221,8 +222,7 @@ function withoutEvents(pool: pg.Pool): Pick<pg.Pool, 'end' | 'options'> & { conn
     options: pool.options,
     end: () => pool.end(),
     async connect() {
-      const client = await pool.connect()
-      client.on('error', ignore)
+      const client = await takeClient(pool, ignore)
       const release = client.release.bind(client)
       client.release = (error) => {
         client.off('error', ignore)

@@ -27,6 +27,13 @@ export interface WatchOptions {
   onClose(watch: ChangeWatch): void
 }
 
+/** Changes may be gone that the watch has not read: it ends rather than skip them (K6). */
+export class WatchCutOff extends BusError {
+  constructor(why: string) {
+    super('connection', `the watch was cut off and may have missed changes: ${why}; watch again`, { retryable: true })
+  }
+}
+
 interface Waiter {
   resolve(result: IteratorResult<KvChange, undefined>): void
   reject(error: unknown): void
@@ -103,7 +110,7 @@ export class ChangeWatch implements KvWatch {
         continue
       }
       if (late > keptMs) {
-        return this.#fail(new BusError('connection', 'the watch was cut off for so long that changes may be gone; watch again'))
+        return this.#fail(new WatchCutOff('it could not read for too long'))
       }
       try {
         const startedAt = clock.now()
@@ -116,7 +123,7 @@ export class ChangeWatch implements KvWatch {
         await ear.wait(jittered(pollIntervalMs))
       } catch (error) {
         if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
-        if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
+        if (!(error instanceof BusError) || error instanceof WatchCutOff || !PASSING.has(error.code)) return this.#fail(error)
         await ear.wait(reconnectDelayMs(++failures))
       }
     }

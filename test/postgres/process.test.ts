@@ -163,6 +163,30 @@ function freshSchemaOf(): string {
 }
 
 describe('connections that die', () => {
+  // Half a minute is what it takes: a shorter patience would cut off statements that wait for somebody's transaction.
+  test('connections that went silent are given up within 45 s: a call fails, a stream goes on', async () => {
+    await using relay = await Relay.start(connectionString)
+    await using bus = await PostgresBus.connect({
+      connectionString: relay.connectionString,
+      schema,
+      maintenance: false,
+      pollIntervalMs: 100,
+    })
+    await using direct = await PostgresBus.connect({ connectionString, schema, maintenance: false })
+    const stream = await bus.pubsub.subscribe('silent', `silent-${crypto.randomUUID()}`)
+    const next = stream[Symbol.asyncIterator]().next()
+    expect(await outcome(bus.kv.get('silent', 'k'))).toBe('ok')
+    relay.silence()
+    const startedAt = performance.now()
+    const call = outcome(bus.kv.get('silent', 'k'))
+    await direct.pubsub.publish('silent', 'heard')
+    const message = (await next).value
+    expect(Buffer.from(message?.payload ?? []).toString()).toBe('heard')
+    expect(['ok', 'connection']).toContain(await call)
+    expect(performance.now() - startedAt).toBeLessThan(45_000)
+    await message?.ack()
+  }, 60_000)
+
   test('all of a process, again and again, while it works: typed errors, and it goes on', async () => {
     const name = 'process-test dying'
     await using child = startChild(CHILD, { args: [named(connectionString, name), schema] })
@@ -360,7 +384,7 @@ describe('what failed', () => {
       ['statement_timeout', false],
       ['lock_timeout', true],
     ] as const) {
-      const url = changed(connectionString, (to) => to.searchParams.set('options', `-c ${setting}=200`))
+      const url = changed(connectionString, (to) => to.searchParams.set('options', `-c ${setting}=1500`))
       const pool = new pg.Pool({ connectionString: url })
       const bus = await PostgresBus.connect({ pool, schema, maintenance: false })
       expect(await failureOf(bus.kv.put('cancelled', 'k', 'v'))).toMatchObject({ code: 'timeout', retryable })
