@@ -19,6 +19,12 @@ export interface Contender<Session> {
   /** What was set and why, in one line: the README's own advice. */
   readonly settings: string
   open(servers: Servers): Promise<Session>
+  /** Whose CPU counts as the server's. @default 'postgres' */
+  readonly server?: 'postgres' | 'redis' | 'nats'
+  /** How many jobs the drain is given: fewer for one that would take minutes. @default 100_000 */
+  readonly drains?: number
+  /** Scenarios that say nothing about it. @default none */
+  readonly leaveOut?: readonly string[]
 }
 
 export interface JobsSession extends AsyncDisposable {
