@@ -82,7 +82,11 @@ export class Stopwatch {
  * `callers` loops that call one after the other, for `ms`.
  * @returns calls that were answered
  */
-export async function callConcurrently(callers: number, ms: number, call: (caller: number, turn: number) => Promise<unknown>): Promise<number> {
+export async function callConcurrently(
+  callers: number,
+  ms: number,
+  call: (caller: number, turn: number) => Promise<unknown>,
+): Promise<number> {
   const end = performance.now() + ms
   let calls = 0
   await Promise.all(

@@ -67,4 +67,3 @@ async function describe(url: string, pid: number | undefined, stop: () => Promis
 export function machine(): string {
   return `${availableParallelism()} cores, ${Math.round(totalmem() / 2 ** 30)} GiB of memory, ${process.platform} ${process.arch}`
 }
-

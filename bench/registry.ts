@@ -1,0 +1,54 @@
+/** Who takes part in what. */
+
+import { bareGathered, bareJobs, barePingPong } from './contenders/bare.ts'
+import { klieoJobs, klieoKv, klieoLog, klieoRequests } from './contenders/klieo.ts'
+import type { Contender } from './contenders.ts'
+import type { Kind, Scenario, Sessions } from './scenario.ts'
+import { backlog } from './scenarios/backlog.ts'
+import { claimAck, drain, enqueue, latency } from './scenarios/jobs.ts'
+import { kv, kvStatements } from './scenarios/kv.ts'
+import { consume, fanout, publish } from './scenarios/log.ts'
+import { requests } from './scenarios/requests.ts'
+import { snapshotFree, snapshotHeld } from './scenarios/snapshot.ts'
+import { wakeUps } from './scenarios/wake-ups.ts'
+
+/** In the order of the report. */
+export const scenarios: readonly Scenario[] = [
+  enqueue,
+  drain,
+  claimAck,
+  latency,
+  publish,
+  consume,
+  fanout,
+  requests,
+  kv,
+  kvStatements,
+  wakeUps,
+  snapshotFree,
+  snapshotHeld,
+  backlog,
+]
+
+export type Contenders = { readonly [K in Kind]: readonly Contender<Sessions[K]>[] }
+
+export const own: Contenders = {
+  jobs: [klieoJobs, bareJobs, bareGathered],
+  log: [klieoLog],
+  kv: [klieoKv],
+  requests: [klieoRequests, barePingPong],
+}
+
+export const noPeers: Contenders = { jobs: [], log: [], kv: [], requests: [] }
+
+/** Their packages are loaded by the contender that needs them, in its child process. */
+export async function loadPeers(): Promise<Contenders> {
+  return (await import('./peers/index.ts')).peers
+}
+
+/** Without those that the scenario says nothing about. */
+export function entrants(scenario: Scenario, contenders: Contenders): string[] {
+  if (scenario.kind === 'own') return Object.keys(scenario.contenders)
+  const all: readonly Contender<unknown>[] = contenders[scenario.kind]
+  return all.filter(({ leaveOut = [] }) => !leaveOut.some((name) => scenario.name.startsWith(name))).map(({ name }) => name)
+}
