@@ -18,7 +18,7 @@ async function run({ scenario: name, contender, peers, setting }: Task): Promise
   const scenario = scenarios.find((candidate) => candidate.name === name)
   if (!scenario) throw new Error(`there is no scenario "${name}"`)
   if (scenario.kind === 'own') return scenario.contenders[contender]!(setting)
-  const others = peers ? await loadPeers() : noPeers
+  const others = peers ? (await loadPeers()).peers : noPeers
   return compare(scenario as ComparedScenario, [...own[scenario.kind], ...others[scenario.kind]], contender, setting)
 }
 

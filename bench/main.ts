@@ -88,8 +88,8 @@ function readOptions() {
 
 async function compareAll(postgres: PostgresServer): Promise<void> {
   const began = performance.now()
-  const peers = options.peers ? await loadPeers() : noPeers
-  const peerModule = options.peers ? await import('./peers/index.ts') : undefined
+  const peerModule = options.peers ? await loadPeers() : undefined
+  const peers = peerModule?.peers ?? noPeers
   await using servers = await peerModule?.startPeerServers()
   const missing = servers?.missing ?? []
   for (const line of missing) process.stderr.write(`${line}\n`)

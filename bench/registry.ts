@@ -41,9 +41,30 @@ export const own: Contenders = {
 
 export const noPeers: Contenders = { jobs: [], log: [], kv: [], requests: [] }
 
-/** Their packages are loaded by the contender that needs them, in its child process. */
-export async function loadPeers(): Promise<Contenders> {
-  return (await import('./peers/index.ts')).peers
+/** What bench/peers/index.ts gives. */
+export interface PeersModule {
+  readonly peers: Contenders
+  /** By the library's name: what it is better at. */
+  readonly betterAt: Readonly<Record<string, string>>
+  startPeerServers(): Promise<PeerServers>
+}
+
+export interface PeerServers extends AsyncDisposable {
+  readonly redisUrl?: string
+  readonly natsUrl?: string
+  readonly redisPid?: number
+  readonly natsPid?: number
+  readonly versions: Readonly<Record<string, string>>
+  readonly settings: Readonly<Record<string, string>>
+  /** What is not installed and what to do about it, a line each. */
+  readonly missing: readonly string[]
+}
+
+/** Not known when this is compiled: their packages are installed by bench/setup alone. */
+const PEERS: string = './peers/index.ts'
+
+export async function loadPeers(): Promise<PeersModule> {
+  return (await import(PEERS)) as PeersModule
 }
 
 /** Without those that the scenario says nothing about. */

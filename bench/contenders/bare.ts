@@ -67,7 +67,10 @@ export class BareJobs implements JobsSession {
     let left = count
     await Promise.all(
       this.#clients.slice(0, DRAIN_CONNECTIONS).map(async (client) => {
-        while (left > 0) left -= await claimAndDelete(client, BATCH)
+        while (left > 0) {
+          const done = await claimAndDelete(client, BATCH)
+          left -= done
+        }
       }),
     )
   }

@@ -66,7 +66,7 @@ async function measureBacklog({ servers, quick }: Setting): Promise<Metric[]> {
     if (reset) await client.query('truncate large.jobs')
     await client.query(FILL[kind], [QUEUE, add])
     // What autovacuum does within a minute of such an insert; what it may do to the timing is not to be measured.
-    await client.query('vacuum (analyze) large.jobs')
+    await client.query('vacuum (analyze) large.jobs, small.jobs')
     await client.query('checkpoint')
     await topUp(large, CLAIMS + (reset ? SMALL : 0))
     await topUp(small, CLAIMS)

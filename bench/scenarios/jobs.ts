@@ -115,7 +115,7 @@ export const latency: ComparedScenario<'jobs'> = {
     await idle(20)
     seen.length = 0
     let watch = new Stopwatch(serverPid)
-    await idle(quick ? 60 : 300)
+    await idle(quick ? 120 : 300)
     const metrics = latencies('idle', seen, watch.stop().cpu, 'latency-idle')
 
     const steady = async (seconds: number) => {
