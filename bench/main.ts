@@ -138,6 +138,7 @@ async function compareAll(postgres: PostgresServer): Promise<void> {
         const server = byName.get(name)?.contender.server ?? 'postgres'
         return server === 'postgres' ? postgres.pid : server === 'redis' ? servers?.redisPid : servers?.natsPid
       },
+      isPeer: (name) => byName.get(name)?.peer ?? false,
       onProgress: (line) => process.stderr.write(`${line}\n`),
     },
     stop.signal,

@@ -71,5 +71,11 @@ export async function loadPeers(): Promise<PeersModule> {
 export function entrants(scenario: Scenario, contenders: Contenders): string[] {
   if (scenario.kind === 'own') return Object.keys(scenario.contenders)
   const all: readonly Contender<unknown>[] = contenders[scenario.kind]
-  return all.filter(({ leaveOut = [] }) => !leaveOut.some((name) => scenario.name.startsWith(name))).map(({ name }) => name)
+  return (
+    all
+      .filter(({ leaveOut = [] }) => !leaveOut.some((name) => scenario.name.startsWith(name)))
+      // Hundreds of thousands of jobs are too many for one that is given few to drain.
+      .filter(({ drains }) => drains === undefined || !scenario.name.startsWith('snapshot'))
+      .map(({ name }) => name)
+  )
 }

@@ -20,6 +20,7 @@ export interface Plan {
   readonly natsUrl?: string | undefined
   /** The server whose CPU is the contender's. */
   serverPidOf(contender: string): number | undefined
+  isPeer(contender: string): boolean
   readonly onProgress: (line: string) => void
 }
 
@@ -38,7 +39,8 @@ export async function execute(plan: Plan, signal: AbortSignal): Promise<Outcome>
     for (let run = 1; run <= plan.runs; run++) {
       // Another one begins each time, so that nobody always follows the same.
       for (const contender of rotated(entrants, run - 1)) {
-        if (failed.has(contender)) continue
+        const last = 'peerRuns' in scenario && plan.isPeer(contender) ? scenario.peerRuns : undefined
+        if (failed.has(contender) || run > (last ?? plan.runs)) continue
         if (signal.aborted) throw new Aborted()
         const began = performance.now()
         const answer = await runOnce(plan, scenario, contender, run, signal)

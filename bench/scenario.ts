@@ -34,6 +34,8 @@ interface Described {
 /** The same work for every contender of a kind. */
 export interface ComparedScenario<K extends Kind = Kind> extends Described {
   readonly kind: K
+  /** One run of a peer tells enough, and is long. @default as many as of the others */
+  readonly peerRuns?: number
   measure(session: Sessions[K], setting: Setting, contender: Contender<Sessions[K]>): Promise<Metric[]>
 }
 

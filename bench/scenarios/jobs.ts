@@ -8,7 +8,7 @@ import type { JobsSession } from '../contenders.ts'
 import { latencies, type Metric, rate, Stopwatch, timed } from '../measure.ts'
 import { type ComparedScenario, type OwnScenario, payload, payloads } from '../scenario.ts'
 
-const CURVE = [2, 4, 8, 16, 64, 128, 256]
+const CURVE = [4, 16, 64, 256]
 const BULK = 1_000
 const DRAINED = 100_000
 
@@ -115,7 +115,7 @@ export const latency: ComparedScenario<'jobs'> = {
     await idle(20)
     seen.length = 0
     let watch = new Stopwatch(serverPid)
-    await idle(quick ? 120 : 300)
+    await idle(quick ? 120 : 200)
     const metrics = latencies('idle', seen, watch.stop().cpu, 'latency-idle')
 
     const steady = async (seconds: number) => {

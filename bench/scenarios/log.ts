@@ -5,7 +5,7 @@ import type { LogSession } from '../contenders.ts'
 import { type Metric, rate, timed } from '../measure.ts'
 import { type ComparedScenario, type OwnScenario, payload, payloads, type Setting } from '../scenario.ts'
 
-const CURVE = [2, 4, 8, 16, 64, 128, 256]
+const CURVE = [4, 16, 64, 256]
 const BULK = 1_000
 const CONSUMED = 50_000
 

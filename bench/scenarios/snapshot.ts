@@ -16,6 +16,7 @@ function scenario(held: boolean): ComparedScenario<'jobs'> {
     name: held ? 'snapshot-held' : 'snapshot-free',
     title: held ? 'drain with a REPEATABLE READ snapshot held, over jobs processed' : 'the same without one',
     kind: 'jobs',
+    peerRuns: 1,
     withinS: 300,
     async measure(session, { servers, quick, serverPid }, contender) {
       // Peers are slower, and their curve has told all by then.

@@ -26,7 +26,7 @@ async function measureWakeUps({ servers, quick, serverPid }: Setting): Promise<M
       let woken = 0
       for (const state of ['silent', 'ringing', 'ringing', 'silent'] as const) {
         await tell(bystander, state)
-        const { perSecond } = await pgbench(servers.postgresUrl, PUBLISH, { clients, seconds: quick ? 2 : 4, serverPid })
+        const { perSecond } = await pgbench(servers.postgresUrl, PUBLISH, { clients, seconds: quick ? 2 : 3, serverPid })
         rates[state].push(perSecond)
         woken = Math.max(woken, await tell(bystander, 'silent'))
       }
