@@ -2,6 +2,7 @@
 
 import { closedError, isBusError, type Lease, leaseLost } from '../core/index.ts'
 import type { Clock } from './clock.ts'
+import { Deadline } from './deadlines.ts'
 
 export interface LeaseGrant {
   readonly fence: number
@@ -15,28 +16,37 @@ export interface LeaseBackend {
   /** The new expiry, or `null` when the lease is lost. */
   heartbeat(): Promise<Date | null>
   release(): Promise<void>
+  /** Told when it is known to be lost, with the reason. */
+  onLost?(reason: unknown): void
+}
+
+/** Something with a name for messages, made only when there is one to write. */
+export interface Described {
+  describe(): string
 }
 
 export class HeldLease implements Lease {
   readonly fence: number
-  readonly #what: string
+  readonly #what: string | Described
   readonly #clock: Clock
   readonly #ttlMs: number
   readonly #backend: LeaseBackend
-  readonly #controller = new AbortController()
+  readonly #deadline = new Deadline(this)
+  /** Made for the first who reads `signal`. */
+  #controller: AbortController | undefined
   #expiresAt: Date
   #ended = false
   #closed = false
-  #cancelTimer: () => void
+  #lost: { readonly reason: unknown } | undefined
 
-  constructor(what: string, clock: Clock, grant: LeaseGrant, backend: LeaseBackend) {
+  constructor(what: string | Described, clock: Clock, grant: LeaseGrant, backend: LeaseBackend) {
     this.#what = what
     this.#clock = clock
     this.#ttlMs = grant.ttlMs
     this.#backend = backend
     this.fence = grant.fence
     this.#expiresAt = grant.expiresAt
-    this.#cancelTimer = this.#watch(grant.askedAt)
+    this.#watch(grant.askedAt)
   }
 
   get expiresAt(): Date {
@@ -44,24 +54,27 @@ export class HeldLease implements Lease {
   }
 
   get signal(): AbortSignal {
+    if (!this.#controller) {
+      this.#controller = new AbortController()
+      if (this.#lost) this.#controller.abort(this.#lost.reason)
+    }
     return this.#controller.signal
   }
 
   async heartbeat(): Promise<void> {
     if (this.#closed) throw closedError('the bus')
-    if (this.#ended) throw leaseLost(this.#what)
+    if (this.#ended) throw this.#leaseLost()
     const askedAt = this.#clock.now()
     const expiresAt = await this.#backend.heartbeat()
     if (expiresAt === null) {
-      const error = leaseLost(this.#what)
+      const error = this.#leaseLost()
       this.lost(error)
       throw error
     }
     // Not extended (an ack in an open transaction holds the row): nothing moves.
     if (this.#ended || expiresAt <= this.#expiresAt) return
     this.#expiresAt = expiresAt
-    this.#cancelTimer()
-    this.#cancelTimer = this.#watch(askedAt)
+    this.#watch(askedAt)
   }
 
   async release(): Promise<void> {
@@ -77,19 +90,22 @@ export class HeldLease implements Lease {
 
   /** An ack in the caller's transaction protects it: whatever its expiry, nobody else gets it before that ends. */
   protect(): void {
-    this.#cancelTimer()
+    this.#deadline.clear()
   }
 
   /** No longer held, and nobody needs to be told. */
   end(): void {
     this.#ended = true
-    this.#cancelTimer()
+    this.#deadline.clear()
   }
 
   /** Ended by somebody else: the holder learns of it by the signal. */
-  lost(reason: unknown = leaseLost(this.#what)): void {
-    this.#cancelTimer()
-    if (!this.#controller.signal.aborted) this.#controller.abort(reason)
+  lost(reason: unknown = this.#leaseLost()): void {
+    this.#deadline.clear()
+    if (this.#lost) return
+    this.#lost = { reason }
+    this.#controller?.abort(reason)
+    this.#backend.onLost?.(reason)
   }
 
   /** The bus closes: the lease was handed back. */
@@ -104,8 +120,11 @@ export class HeldLease implements Lease {
     return this.release()
   }
 
-  #watch(askedAt: number): () => void {
-    const left = askedAt + this.#ttlMs - this.#clock.now()
-    return this.#clock.setTimer(() => this.lost(), left, true)
+  #watch(askedAt: number): void {
+    this.#deadline.set(this.#clock, this.#ttlMs, askedAt + this.#ttlMs)
+  }
+
+  #leaseLost() {
+    return leaseLost(typeof this.#what === 'string' ? this.#what : this.#what.describe())
   }
 }
