@@ -154,10 +154,15 @@ export class JobTable {
     return true
   }
 
-  /** Claimable again at once; the attempt counts. */
-  release(claim: MemoryClaim): void {
+  /** Claimable again at once. @param counted false: nobody began to handle it, and the attempt is taken back */
+  release(claim: MemoryClaim, counted: boolean): void {
     const row = holding(claim)
-    if (row) this.#giveBack(row, 0)
+    if (!row) return
+    if (!counted) {
+      row.attempts--
+      this.#alarms.clear(row.alarm)
+    }
+    this.#giveBack(row, 0)
   }
 
   deadLetter(claim: MemoryClaim, reason: string): boolean {

@@ -18,7 +18,7 @@ import {
   MAX_WAIT_MS,
   type TxOption,
 } from '../core/index.ts'
-import { type ClaimBackend, HeldJob } from '../runtime/claimed-job.ts'
+import { type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import { type Context, checkTx, POLL_INTERVAL_MS } from './context.ts'
 import type { MemoryClaim } from './job-table.ts'
@@ -101,21 +101,21 @@ export class MemoryJobs implements JobQueue {
     const askedAt = store.clock.now()
     await store.turn()
     this.#context.checkOpen()
-    const jobs = store.jobs.claim(queue, ttlMs, limit).map(
-      (claim) =>
-        new HeldJob<MemoryClaim, never>(claim, {
-          clock: store.clock,
-          backend: this.#backend,
-          ttlMs,
-          askedAt,
-          checkTx,
-          isClosed: this.#context.isClosed,
-          onEnd: (job) => this.#held.delete(job),
-        }),
-    )
+    const context: ClaimContext<MemoryClaim, never> = {
+      clock: store.clock,
+      backend: this.#backend,
+      ttlMs,
+      askedAt,
+      checkTx,
+      isClosed: this.#context.isClosed,
+      onEnd: this.#onEnd,
+    }
+    const jobs = store.jobs.claim(queue, ttlMs, limit).map((claim) => new HeldJob<MemoryClaim, never>(claim, context))
     for (const job of jobs) this.#held.add(job)
     return jobs
   }
+
+  readonly #onEnd = (job: HeldJob<MemoryClaim, never>) => void this.#held.delete(job)
 
   readonly #backend: ClaimBackend<MemoryClaim, never> = {
     ack: async (claim) => {
@@ -138,10 +138,10 @@ export class MemoryJobs implements JobQueue {
       await store.turn()
       return store.jobs.heartbeat(claim, ttlMs)
     },
-    release: async (claim) => {
+    release: async (claim, counted) => {
       const { store } = this.#context
       await store.turn()
-      store.jobs.release(claim)
+      store.jobs.release(claim, counted)
     },
   }
 }

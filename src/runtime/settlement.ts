@@ -25,25 +25,30 @@ export type Settle = (noWait: boolean) => Promise<boolean>
 /** What became of it, by its token: not there any more, nobody's, still the holder's, or somebody else's. */
 export type Whereabouts = 'gone' | 'free' | 'mine' | 'other'
 
-/** Asked after a refusal that may have other reasons than a lost lease. Backends whose answers cannot be lost need none. */
-export type Look = (() => Promise<Whereabouts>) | undefined
-
 /** `held`: nothing was extended, since an ack in the caller's open transaction holds the row. */
 export type Extension = 'extended' | 'held' | 'lost'
 
-export class Settlement {
-  readonly #what: string
+/** A delivery or a claim names itself and says where to ask after it; the rest is the same for both. */
+export abstract class Settlement {
   readonly #clock: Clock
   /** Local time at which the server may have given it to somebody else. */
   deadline: number
   #state: 'open' | 'settling' | 'in-tx' | 'settled' = 'open'
   #triedInTransaction = false
 
-  constructor(what: string, clock: Clock, deadline: number) {
-    this.#what = what
+  constructor(clock: Clock, deadline: number) {
     this.#clock = clock
     this.deadline = deadline
   }
+
+  /** What it is, for messages. */
+  abstract describe(): string
+
+  /**
+   * Asked after a refusal that may have other reasons than a lost lease. Backends whose answers cannot be lost answer
+   * `undefined`.
+   */
+  protected abstract whereabouts(): Promise<Whereabouts> | undefined
 
   get open(): boolean {
     return this.#state === 'open'
@@ -62,28 +67,38 @@ export class Settlement {
    * @param leaves where a success leaves it: an ack lets it go, a nak leaves it free
    * @throws already_settled, lease_lost
    */
-  async settle(inTransaction: boolean, settle: Settle, look: Look, leaves: 'gone' | 'free' = 'gone'): Promise<void> {
+  protected async settle(inTransaction: boolean, settle: Settle, leaves: 'gone' | 'free'): Promise<void> {
     const before = this.#state
-    if (before === 'settled' || before === 'settling') throw alreadySettled(this.#what)
+    if (before === 'settled' || before === 'settling') throw alreadySettled(this.describe())
     this.#state = 'settling'
     if (inTransaction) this.#triedInTransaction = true
     try {
       const noWait = before === 'in-tx'
-      const done = inTransaction ? await settle(noWait) : await this.#insist(() => settle(noWait), look, leaves)
-      if (!done) throw noWait ? await this.#refused(look) : leaseLost(this.#what)
+      let done: boolean
+      try {
+        done = await settle(noWait)
+      } catch (error) {
+        if (inTransaction) throw error
+        done = await this.#insist(error, () => settle(noWait), leaves)
+      }
+      if (!done) throw noWait ? await this.#refused() : leaseLost(this.describe())
       this.#state = inTransaction ? 'in-tx' : 'settled'
     } catch (error) {
       this.#state = before
       throw error
     }
+    this.onSettled(inTransaction)
   }
+
+  /** A settlement succeeded. */
+  protected abstract onSettled(inTransaction: boolean): void
 
   /** Extends; never counts as a settlement. The deadline moves on only by what the server did. @throws already_settled, lease_lost */
   async extend(forMs: number, extend: (noWait: boolean) => Promise<Extension>): Promise<void> {
-    if (this.#state === 'settled' || this.#state === 'settling') throw alreadySettled(this.#what)
+    if (this.#state === 'settled' || this.#state === 'settling') throw alreadySettled(this.describe())
     const sent = this.#clock.now()
     const extension = await extend(this.#triedInTransaction)
-    if (extension === 'lost') throw leaseLost(this.#what)
+    if (extension === 'lost') throw leaseLost(this.describe())
     if (extension === 'extended') this.deadline = Math.max(this.deadline, sent + forMs)
   }
 
@@ -95,28 +110,28 @@ export class Settlement {
   }
 
   /** After an ack in a transaction: that one has ended it, or is still open; or it was rolled back, and the lease is lost. */
-  async #refused(look: Look): Promise<Error> {
-    const found = await look?.()
-    return found === 'free' || found === 'other' ? leaseLost(this.#what) : alreadySettled(this.#what)
+  async #refused(): Promise<Error> {
+    const found = await this.whereabouts()
+    return found === 'free' || found === 'other' ? leaseLost(this.describe()) : alreadySettled(this.describe())
   }
 
   /**
    * The answer to a settlement may be lost with the connection. Asked again, "not yours any more" then means that the
    * first try arrived, provided that nobody else could have got it meanwhile and that it is where a success leaves it.
    */
-  async #insist(settle: () => Promise<boolean>, look: Look, leaves: 'gone' | 'free'): Promise<boolean> {
-    let ambiguous = false
+  async #insist(first: unknown, settle: () => Promise<boolean>, leaves: 'gone' | 'free'): Promise<boolean> {
+    let error = first
     for (let tries = 1; ; tries++) {
+      if (!isBusError(error, 'connection') || tries === MAX_TRIES || this.#clock.now() >= this.deadline) throw error
+      await new Promise<void>((resolve) => this.#clock.setTimer(resolve, reconnectDelayMs(tries)))
       try {
         if (await settle()) return true
-        if (!ambiguous || this.#clock.now() >= this.deadline) return false
-        const found = await look?.()
+        if (this.#clock.now() >= this.deadline) return false
+        const found = await this.whereabouts()
         return found === undefined || found === 'gone' || found === leaves
-      } catch (error) {
-        if (!isBusError(error, 'connection') || tries === MAX_TRIES || this.#clock.now() >= this.deadline) throw error
-        ambiguous = true
+      } catch (next) {
+        error = next
       }
-      await new Promise<void>((resolve) => this.#clock.setTimer(resolve, reconnectDelayMs(tries)))
     }
   }
 }

@@ -9,7 +9,9 @@
  * may have given it to another member).
  *
  * Nothing is fetched before somebody asks. How much is fetched at once follows the consumer: it doubles while a batch is
- * used up within an eighth of the ack wait, and halves when some of it had to be handed back.
+ * used up within an eighth of the ack wait, and halves when some of it had to be handed back. Where there is a backlog and
+ * a batch is half used up within {@link QUICK_MS} (and an eighth of the ack wait), the next one is fetched while the
+ * consumer works; otherwise only when he has to wait for it.
  */
 
 import {
@@ -27,7 +29,7 @@ import {
 import { jittered, reconnectDelayMs } from './backoff.ts'
 import type { Ear } from './bell.ts'
 import type { Clock } from './clock.ts'
-import { type Extension, type Settle, Settlement, type Whereabouts } from './settlement.ts'
+import { type Extension, Settlement, type Whereabouts } from './settlement.ts'
 
 /** One handed-out message as a backend fetched it. */
 export interface Delivery {
@@ -76,26 +78,22 @@ export interface StreamOptions<D extends Delivery, Tx> {
   onClose(stream: DurableStream<D, Tx>): void
 }
 
-interface Held<D> {
-  readonly delivery: D
-  readonly fetchedAt: number
-  readonly settlement: Settlement
-}
-
 interface Waiter<Tx> {
   resolve(result: IteratorResult<Msg<Tx>, undefined>): void
   reject(error: unknown): void
 }
 
 const FIRST_BATCH = 16
+/** A consumer that takes longer for half a batch gains nothing from one that is there before he asks. */
+const QUICK_MS = 500
 const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value: undefined })
 /** Errors after which the stream goes on: the server is away, or short of something. */
 const PASSING = new Set(['connection', 'unavailable', 'timeout', 'conflict'])
 
 export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   readonly #options: StreamOptions<D, Tx>
-  readonly #buffer: Held<D>[] = []
-  readonly #yielded = new Set<Held<D>>()
+  readonly #buffer: Held<D, Tx>[] = []
+  readonly #yielded = new Set<Held<D, Tx>>()
   readonly #waiters: Waiter<Tx>[] = []
   readonly #onAbort = () => void this.close()
   #batch: number
@@ -105,6 +103,10 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #failure: { error: unknown } | undefined
   /** A message was just given back without a delay: it is fetched before a new one is yielded (P5). */
   #redelivering = false
+  /** Counts the times that it was set: a fetch that was sent before does not bring the message. */
+  #redeliveries = 0
+  /** The last fetch brought as much as it asked for. */
+  #backlog = false
   #cancelStale: (() => void) | undefined
 
   constructor(options: StreamOptions<D, Tx>) {
@@ -136,7 +138,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   /** The bus closes: what was yielded goes back as well. */
   async handBack(): Promise<void> {
     await this.close()
-    const yielded = [...this.#yielded].filter((held) => held.settlement.abandon())
+    const yielded = [...this.#yielded].filter((held) => held.abandon())
     this.#yielded.clear()
     await Promise.allSettled(yielded.map((held) => this.#options.backend.nak(held.delivery, 0, true)))
   }
@@ -156,10 +158,10 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #watchYielded(): void {
     if (!this.holds || this.#options.isClosed()) return
     const { clock } = this.#options
-    const last = Math.max(...[...this.#yielded].map((held) => held.settlement.deadline))
+    const last = Math.max(...[...this.#yielded].map((held) => held.deadline))
     clock.setTimer(
       () => {
-        for (const held of this.#yielded) if (clock.now() >= held.settlement.deadline) this.#yielded.delete(held)
+        for (const held of this.#yielded) if (clock.now() >= held.deadline) this.#yielded.delete(held)
         if (this.holds) this.#watchYielded()
         else this.#options.onClose(this)
       },
@@ -175,31 +177,57 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
       void this.close()
       return Promise.reject(error)
     }
+    const held = this.#waiters.length === 0 ? this.#takeBuffered() : undefined
+    if (held) {
+      const value = this.#yield(held)
+      if (this.#mayFetchAhead()) this.#pump()
+      return Promise.resolve({ done: false, value })
+    }
     const next = new Promise<IteratorResult<Msg<Tx>, undefined>>((resolve, reject) => this.#waiters.push({ resolve, reject }))
-    this.#serve()
     this.#pump()
     return next
   }
 
   /** Gives buffered messages to those who asked. */
   #serve(): void {
-    const { clock } = this.#options
     while (this.#waiters.length > 0) {
-      const held = this.#buffer[0]
-      if (!held || (this.#redelivering && held.delivery.attempt === 1)) return
-      this.#buffer.shift()
-      if (clock.now() >= held.settlement.deadline) continue // ran out before it was yielded
-      this.#yielded.add(held)
-      this.#waiters.shift()?.resolve({ done: false, value: new YieldedMsg(held, this.#options, (again) => this.#settled(held, again)) })
+      const held = this.#takeBuffered()
+      if (!held) return
+      this.#waiters.shift()?.resolve({ done: false, value: this.#yield(held) })
     }
   }
 
+  #takeBuffered(): Held<D, Tx> | undefined {
+    for (;;) {
+      const held = this.#buffer[0]
+      if (!held || (this.#redelivering && held.delivery.attempt === 1)) return undefined
+      this.#buffer.shift()
+      if (this.#options.clock.now() < held.deadline) return held
+      // ran out before it was yielded
+    }
+  }
+
+  #yield(held: Held<D, Tx>): Msg<Tx> {
+    this.#yielded.add(held)
+    return new YieldedMsg(held)
+  }
+
   /** @param again to be handed out again at once */
-  #settled(held: Held<D>, again: boolean): void {
+  readonly #settled = (held: Held<D, Tx>, again: boolean): void => {
     if (!this.#yielded.delete(held)) return
-    if (again && this.#buffer.length > 0) this.#redelivering = true
+    if (again && (this.#buffer.length > 0 || this.#pumping)) {
+      this.#redelivering = true
+      this.#redeliveries++
+    }
     this.#options.ear.ring()
     if (this.#closing && !this.holds) this.#options.onClose(this)
+  }
+
+  /** Whether the buffer runs low and the consumer is quick enough to want more before he has to wait. */
+  #mayFetchAhead(): boolean {
+    if (this.#pumping || !this.#backlog || this.#redelivering || this.#buffer.length > this.#batch / 2) return false
+    const { clock, ackWaitMs } = this.#options
+    return clock.now() - this.#batchStartedAt < Math.min(QUICK_MS, ackWaitMs / 8)
   }
 
   #pump(): void {
@@ -215,19 +243,23 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #wanted(): number {
     if (this.#closing || this.#failure) return 0
     if (this.#waiters.length === 0 && this.#buffer.length > this.#batch / 2) return 0
-    const now = this.#options.clock.now()
-    for (const held of this.#yielded) if (now >= held.settlement.deadline) this.#yielded.delete(held)
-    const room = this.#options.maxInFlight - this.#buffer.length - this.#yielded.size
-    return Math.max(0, Math.min(room, this.#redelivering ? 1 : this.#batch))
+    const limit = this.#redelivering ? 1 : this.#batch
+    const { clock, maxInFlight } = this.#options
+    if (this.#buffer.length + this.#yielded.size + limit > maxInFlight) {
+      const now = clock.now()
+      for (const held of this.#yielded) if (now >= held.deadline) this.#yielded.delete(held)
+    }
+    return Math.max(0, Math.min(maxInFlight - this.#buffer.length - this.#yielded.size, limit))
   }
 
-  /** Runs while somebody asks. */
+  /** Runs while somebody asks; ahead of that, fetches once. */
   async #run(): Promise<void> {
     const { backend, ear, clock, pollIntervalMs } = this.#options
     let failures = 0
-    while (!this.#closing && this.#waiters.length > 0) {
+    do {
       const limit = this.#wanted()
       if (limit === 0) {
+        if (this.#waiters.length === 0) return
         this.#redelivering = false
         this.#serve()
         if (this.#waiters.length === 0) continue
@@ -235,28 +267,35 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
         continue
       }
       const sentAt = clock.now()
+      const redeliveries = this.#redeliveries
       try {
         const fetched = await backend.fetch(limit)
         failures = 0
-        this.#redelivering = false
+        if (redeliveries === this.#redeliveries) this.#redelivering = false
+        this.#backlog = fetched.deliveries.length === limit
         this.#take(fetched.deliveries, sentAt)
-        if (fetched.deliveries.length > 0 || fetched.more || this.#closing) continue
+        if (fetched.deliveries.length > 0 || fetched.more || this.#redelivering || this.#waiters.length === 0) continue
         await ear.wait(Math.max(1, Math.min(jittered(pollIntervalMs), fetched.dueInMs ?? pollIntervalMs)))
       } catch (error) {
         if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
+        // Whoever asks next meets it, if it lasts.
+        if (this.#waiters.length === 0) {
+          this.#backlog = false
+          return
+        }
         if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
         this.#redelivering = false
         this.#serve()
         await ear.wait(reconnectDelayMs(++failures))
       }
-    }
+    } while (!this.#closing && this.#waiters.length > 0)
   }
 
   /** How long until a yielded message that nobody settles stops counting. */
   #untilRoom(): number {
     const now = this.#options.clock.now()
     let least = this.#options.pollIntervalMs
-    for (const held of this.#yielded) least = Math.min(least, held.settlement.deadline - now)
+    for (const held of this.#yielded) least = Math.min(least, held.deadline - now)
     return Math.max(1, least)
   }
 
@@ -264,14 +303,13 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     const { clock, ackWaitMs, maxInFlight } = this.#options
     const now = clock.now()
     if (deliveries.length > 0) {
-      if (this.#batchStartedAt > 0 && this.#buffer.length === 0 && now - this.#batchStartedAt < ackWaitMs / 8) {
+      if (this.#batchStartedAt > 0 && this.#buffer.length <= this.#batch / 2 && now - this.#batchStartedAt < ackWaitMs / 8) {
         this.#batch = Math.min(maxInFlight, this.#batch * 2)
       }
       this.#batchStartedAt = now
     }
     for (const delivery of deliveries) {
-      const settlement = new Settlement(`message ${delivery.seq} (attempt ${delivery.attempt})`, clock, sentAt + ackWaitMs)
-      const held = { delivery, fetchedAt: sentAt, settlement }
+      const held = new Held(delivery, sentAt, this.#options, this.#settled)
       // Redeliveries come before what is new.
       const before = delivery.attempt === 1 ? -1 : this.#buffer.findIndex((other) => other.delivery.attempt === 1)
       if (before < 0) this.#buffer.push(held)
@@ -283,17 +321,18 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
 
   /** What nobody asks for within half its ack wait goes back to the other members. */
   #watchStale(): void {
-    const oldest = this.#buffer[0]
-    if (this.#cancelStale || this.#closing || !oldest) return
+    if (this.#cancelStale || this.#closing || this.#buffer.length === 0) return
     const { clock, ackWaitMs } = this.#options
-    const due = oldest.fetchedAt + ackWaitMs / 2
+    let due = Number.POSITIVE_INFINITY
+    for (const { fetchedAt } of this.#buffer) due = Math.min(due, fetchedAt + ackWaitMs / 2)
     this.#cancelStale = clock.setTimer(
       () => {
         this.#cancelStale = undefined
         const now = clock.now()
-        const stale = this.#buffer.filter((held) => held.fetchedAt + ackWaitMs / 2 <= now)
+        const all = this.#buffer.splice(0)
+        const stale = all.filter((held) => held.fetchedAt + ackWaitMs / 2 <= now)
+        this.#buffer.push(...all.filter((held) => held.fetchedAt + ackWaitMs / 2 > now))
         if (stale.length > 0) {
-          this.#buffer.splice(0, stale.length)
           this.#batch = Math.max(1, Math.floor(this.#batch / 2))
           this.#batchStartedAt = 0
           void this.#release(stale)
@@ -305,7 +344,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     )
   }
 
-  async #release(held: readonly Held<D>[]): Promise<void> {
+  async #release(held: readonly Held<D, Tx>[]): Promise<void> {
     if (held.length === 0) return
     try {
       await this.#options.backend.release(held.map(({ delivery }) => delivery))
@@ -323,15 +362,72 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   }
 }
 
-class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
-  readonly #held: Held<D>
+/** A delivery in the hands of the stream, and of its holder. */
+class Held<D extends Delivery, Tx> extends Settlement {
+  readonly delivery: D
+  readonly fetchedAt: number
   readonly #options: StreamOptions<D, Tx>
-  readonly #onSettled: (again: boolean) => void
+  readonly #onEnd: (held: Held<D, Tx>, again: boolean) => void
+  #again = false
 
-  constructor(held: Held<D>, options: StreamOptions<D, Tx>, onSettled: (again: boolean) => void) {
-    this.#held = held
+  constructor(delivery: D, fetchedAt: number, options: StreamOptions<D, Tx>, onEnd: (held: Held<D, Tx>, again: boolean) => void) {
+    super(options.clock, fetchedAt + options.ackWaitMs)
+    this.delivery = delivery
+    this.fetchedAt = fetchedAt
     this.#options = options
-    this.#onSettled = onSettled
+    this.#onEnd = onEnd
+  }
+
+  async ack(options: TxOption<Tx> | undefined): Promise<void> {
+    checkOptions(options)
+    const tx = options?.tx
+    this.#options.checkTx(tx)
+    this.#checkOpen()
+    this.#again = false
+    await this.settle(tx !== undefined, (noWait) => this.#options.backend.ack(this.delivery, tx, noWait), 'gone')
+  }
+
+  async nak(delayMs: number): Promise<void> {
+    checkDuration('delayMs', delayMs)
+    this.#checkOpen()
+    this.#again = delayMs === 0
+    await this.settle(false, (noWait) => this.#options.backend.nak(this.delivery, delayMs, noWait), 'free')
+  }
+
+  async term(reason: string | undefined): Promise<void> {
+    if (reason !== undefined) checkText('reason', reason)
+    this.#checkOpen()
+    this.#again = false
+    await this.settle(false, (noWait) => this.#options.backend.term(this.delivery, reason, noWait), 'gone')
+  }
+
+  async inProgress(): Promise<void> {
+    this.#checkOpen()
+    await this.extend(this.#options.ackWaitMs, (noWait) => this.#options.backend.extend(this.delivery, noWait))
+  }
+
+  override describe(): string {
+    return `message ${this.delivery.seq} (attempt ${this.delivery.attempt})`
+  }
+
+  protected override whereabouts(): Promise<Whereabouts> | undefined {
+    return this.#options.backend.whereabouts?.(this.delivery)
+  }
+
+  protected override onSettled(_inTransaction: boolean): void {
+    this.#onEnd(this, this.#again)
+  }
+
+  #checkOpen(): void {
+    if (this.#options.isClosed()) throw closedError('the bus')
+  }
+}
+
+class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
+  readonly #held: Held<D, Tx>
+
+  constructor(held: Held<D, Tx>) {
+    this.#held = held
   }
 
   get subject(): string {
@@ -353,38 +449,19 @@ class YieldedMsg<D extends Delivery, Tx> implements Msg<Tx> {
     return this.#held.delivery.publishedAt
   }
 
-  async ack(options?: TxOption<Tx>): Promise<void> {
-    checkOptions(options)
-    const tx = options?.tx
-    this.#options.checkTx(tx)
-    await this.#settle(tx !== undefined, (noWait) => this.#options.backend.ack(this.#held.delivery, tx, noWait))
+  ack(options?: TxOption<Tx>): Promise<void> {
+    return this.#held.ack(options)
   }
 
-  async nak(delayMs = 0): Promise<void> {
-    checkDuration('delayMs', delayMs)
-    await this.#settle(false, (noWait) => this.#options.backend.nak(this.#held.delivery, delayMs, noWait), 'free', delayMs === 0)
+  nak(delayMs = 0): Promise<void> {
+    return this.#held.nak(delayMs)
   }
 
-  async term(reason?: string): Promise<void> {
-    if (reason !== undefined) checkText('reason', reason)
-    await this.#settle(false, (noWait) => this.#options.backend.term(this.#held.delivery, reason, noWait))
+  term(reason?: string): Promise<void> {
+    return this.#held.term(reason)
   }
 
-  async extend(): Promise<void> {
-    this.#checkOpen()
-    await this.#held.settlement.extend(this.#options.ackWaitMs, (noWait) => this.#options.backend.extend(this.#held.delivery, noWait))
-  }
-
-  async #settle(inTransaction: boolean, settle: Settle, leaves?: 'gone' | 'free', again = false): Promise<void> {
-    this.#checkOpen()
-    const { backend } = this.#options
-    const { delivery, settlement } = this.#held
-    const look = backend.whereabouts && (() => backend.whereabouts?.(delivery) ?? Promise.resolve<Whereabouts>('gone'))
-    await settlement.settle(inTransaction, settle, look, leaves)
-    this.#onSettled(again)
-  }
-
-  #checkOpen(): void {
-    if (this.#options.isClosed()) throw closedError('the bus')
+  extend(): Promise<void> {
+    return this.#held.inProgress()
   }
 }
