@@ -10,9 +10,13 @@ import {
   invalid,
   isBusError,
   type JobQueue,
+  MAX_CLAIM_LIMIT,
 } from '../core/index.ts'
 import { reconnectDelayMs } from './backoff.ts'
+import { HeldJob } from './claimed-job.ts'
 import { errorText } from './error-text.ts'
+import { Pace, Ready } from './prefetch.ts'
+import { Run } from './run.ts'
 
 export interface WorkerOptions {
   /** Jobs handled at once. @default 1 */
@@ -32,20 +36,25 @@ export interface StopOptions {
 
 export type JobHandler<Tx = never> = (job: ClaimedJob<Tx>, signal: AbortSignal) => Promise<void>
 
-interface Running<Tx> {
-  readonly job: ClaimedJob<Tx>
-  readonly controller: AbortController
-  readonly done: Promise<void>
-}
-
 const CLAIM_WAIT_MS = 20_000
 /** A lease shorter than this would be nothing but heartbeats. */
 const LEAST_HEARTBEAT_MS = 10
+/** Heartbeats come with every second tick; so one may be late by a tick, and no job needs a timer of its own. */
+const TICKS_PER_HEARTBEAT = 2
+/** Settlements under way; when there are more, no handler is begun. */
+const MOST_UNSETTLED = 1_000
 
 /**
  * Runs a handler for the jobs of a queue, on any backend. It starts at once, claims as many jobs as it has free places,
  * heartbeats while a handler runs, acks when it returns and naks with backoff when it throws. A handler that settled the
  * job itself is left alone. The handler's signal is aborted when the lease is lost and when the worker stops.
+ *
+ * A place is free again when its handler has ended; the ack follows together with others.
+ *
+ * Where handlers take less time than claiming their jobs does, and there is a backlog, jobs are claimed ahead: as many as
+ * should be begun within 100 ms, and at most 1,000. One that is not begun within a second, or a sixth of `leaseTtlMs`, or
+ * before the worker stops or its bus closes, goes back to the queue, and the attempt is not counted. When the process dies
+ * it is: the jobs that it had claimed ahead come back when their leases run out, like those that it was handling.
  *
  * @throws invalid_argument from the constructor
  */
@@ -57,10 +66,18 @@ export class Worker<Tx = never> implements AsyncDisposable {
   readonly #leaseTtlMs: number
   readonly #workerId: string
   readonly #onError: ((error: unknown, job?: ClaimedJob) => void) | undefined
-  readonly #running = new Set<Running<Tx>>()
+  readonly #running = new Set<Run<Tx>>()
+  readonly #ready = new Ready<Tx>()
+  readonly #pace: Pace
   readonly #claiming = new AbortController()
   readonly #loop: Promise<void>
-  #slotFreed: (() => void) | undefined
+  #unsettled = 0
+  /** The loop waits for places. */
+  #wake: (() => void) | undefined
+  /** The stop waits for the last settlement. */
+  #onIdle: (() => void) | undefined
+  #ticker: NodeJS.Timeout | undefined
+  #staleTimer: NodeJS.Timeout | undefined
   #stopped: Promise<void> | undefined
 
   constructor(jobs: JobQueue<Tx>, queue: string, handler: JobHandler<Tx>, options: WorkerOptions = {}) {
@@ -81,6 +98,7 @@ export class Worker<Tx = never> implements AsyncDisposable {
     this.#leaseTtlMs = leaseTtlMs
     this.#workerId = workerId
     this.#onError = onError
+    this.#pace = new Pace(concurrency, leaseTtlMs)
     this.#loop = this.#claimLoop()
   }
 
@@ -98,39 +116,45 @@ export class Worker<Tx = never> implements AsyncDisposable {
 
   async #stop(graceMs: number): Promise<void> {
     this.#claiming.abort()
-    this.#slotFreed?.()
+    this.#wake?.()
+    clearTimeout(this.#staleTimer)
+    const handedBack = this.#putBack(this.#ready.drain())
     await this.#loop
-    const { promise: graceOver, resolve } = Promise.withResolvers<void>()
+    const { promise: over, resolve } = Promise.withResolvers<void>()
     const timer = setTimeout(resolve, graceMs)
-    await Promise.race([graceOver, Promise.all([...this.#running].map(({ done }) => done))])
+    this.#onIdle = resolve
+    if (this.#running.size + this.#unsettled === 0) resolve()
+    await over
     clearTimeout(timer)
     const reason = new BusError('closed', 'the worker stops')
     await Promise.all(
-      [...this.#running].map(async ({ job, controller }) => {
-        controller.abort(reason)
-        await this.#attempt(job, () => job.nak(0, { error: 'the worker stopped' }))
+      [...this.#running].map(async (run) => {
+        run.abort(reason)
+        await this.#attempt(run.job, () => run.job.nak(0, { error: 'the worker stopped' }))
       }),
     )
+    await handedBack
   }
 
   async #claimLoop(): Promise<void> {
     const { signal } = this.#claiming
     let failures = 0
     while (!signal.aborted) {
-      const limit = this.#concurrency - this.#running.size
+      const limit = this.#wanted()
       if (limit === 0) {
         await new Promise<void>((resolve) => {
-          this.#slotFreed = resolve
+          this.#wake = resolve
         })
+        this.#wake = undefined
         continue
       }
+      // A claim ahead of the need does not wait for jobs: what comes in later is for whoever has a place.
+      const waitMs = limit > this.#free ? 0 : CLAIM_WAIT_MS
       try {
-        const jobs = await this.#jobs.claimMany(this.#queue, this.#workerId, this.#leaseTtlMs, { limit, waitMs: CLAIM_WAIT_MS, signal })
+        const jobs = await this.#jobs.claimMany(this.#queue, this.#workerId, this.#leaseTtlMs, { limit, waitMs, signal })
         failures = 0
-        for (const job of jobs) {
-          if (signal.aborted) await this.#attempt(job, () => job.lease.release())
-          else this.#start(job)
-        }
+        if (signal.aborted) await this.#putBack(jobs)
+        else this.#take(jobs, limit)
       } catch (error) {
         if (isBusError(error, 'closed')) return this.#busClosed(error)
         this.#report(error)
@@ -139,76 +163,155 @@ export class Worker<Tx = never> implements AsyncDisposable {
     }
   }
 
+  get #free(): number {
+    return this.#concurrency - this.#running.size
+  }
+
+  /** How many jobs to claim now; 0: none. */
+  #wanted(): number {
+    if (this.#unsettled >= MOST_UNSETTLED) return 0
+    const ready = this.#pace.ready
+    // Few large claims are cheaper than many small ones.
+    const ahead = this.#ready.size <= ready / 2 ? ready : 0
+    return Math.max(0, Math.min(MAX_CLAIM_LIMIT, this.#free + ahead - this.#ready.size))
+  }
+
+  #take(jobs: readonly ClaimedJob<Tx>[], asked: number): void {
+    const [first] = jobs
+    if (first && !HeldJob.is(first)) {
+      for (const job of jobs) this.#start(job)
+      return
+    }
+    const held = jobs.filter((job) => HeldJob.is(job))
+    const tookMs = held[0]?.ageMs ?? 0
+    this.#pace.claimed(asked, held.length, tookMs, this.#ready.size === 0)
+    this.#ready.add(held, performance.now() - tookMs)
+    this.#fill()
+    this.#watchStale()
+  }
+
+  /** Begins what is ready, as far as there are places. */
+  #fill(): void {
+    if (this.#ready.size === 0) return
+    // The process may have stood still for longer than they may wait.
+    if (this.#isStale()) this.#handBackStale()
+    while (this.#free > 0 && this.#unsettled < MOST_UNSETTLED) {
+      const job = this.#ready.take()
+      if (!job) return
+      this.#start(job)
+    }
+  }
+
   /** The bus hands the jobs back itself; the handlers learn of it by their signal. */
   #busClosed(error: BusError): void {
     this.#claiming.abort()
-    for (const { controller } of this.#running) controller.abort(error)
+    clearTimeout(this.#staleTimer)
+    this.#ready.drain()
+    for (const run of this.#running) run.abort(error)
   }
 
   #start(job: ClaimedJob<Tx>): void {
-    const controller = new AbortController()
-    const running: Running<Tx> = { job, controller, done: this.#run(job, controller).finally(() => this.#running.delete(running)) }
-    this.#running.add(running)
-    void running.done.then(() => this.#slotFreed?.())
+    const run = new Run(job, performance.now())
+    this.#running.add(run)
+    this.#tick()
+    void this.#run(run)
   }
 
-  async #run(job: ClaimedJob<Tx>, controller: AbortController): Promise<void> {
-    const { signal: lost } = job.lease
-    const onLost = () => controller.abort(lost.reason)
-    if (lost.aborted) onLost()
-    else lost.addEventListener('abort', onLost, { once: true })
-    const heartbeat = this.#heartbeats(job, controller)
-    const watched = watchSettlement(job)
+  async #run(run: Run<Tx>): Promise<void> {
+    let failed: { readonly error: unknown } | undefined
     try {
-      await this.#handler(watched.job, controller.signal)
-      heartbeat.stop()
-      // Settled in a transaction that was rolled back, it is not done: an ack now would lose it.
-      if (!watched.settled) await this.#attempt(job, () => job.ack())
+      await this.#handler(run.handed, run.signal)
     } catch (error) {
-      heartbeat.stop()
-      this.#report(error, job)
-      await this.#attempt(job, () => job.nak(undefined, { error: errorText(error) }))
-    } finally {
-      heartbeat.stop()
-      lost.removeEventListener('abort', onLost)
+      failed = { error }
     }
-  }
-
-  /** Every third of the lease. One that fails is followed by the next; the lease's own signal tells when it is too late. */
-  #heartbeats(job: ClaimedJob<Tx>, controller: AbortController): { stop(): void } {
-    let stopped = false
-    let timer: NodeJS.Timeout
-    const beat = async () => {
-      try {
-        await job.heartbeat()
-      } catch (error) {
-        if (isBusError(error, 'lease_lost') || isBusError(error, 'closed')) {
-          stopped = true
-          controller.abort(error)
-        }
+    this.#running.delete(run)
+    this.#unsettled++
+    this.#pace.handled(performance.now() - run.startedAt)
+    this.#fill()
+    this.#wakeLoop()
+    const { job } = run
+    try {
+      if (failed) {
+        this.#report(failed.error, job)
+        await job.nak(undefined, { error: errorText(failed.error) })
+      } else if (!run.wasSettled) {
+        // Settled in a transaction that was rolled back, it is not done: an ack then would lose it.
+        await job.ack()
       }
-      if (!stopped) next()
+    } catch (error) {
+      this.#settlementFailed(error, job)
     }
-    const next = () => {
-      timer = setTimeout(() => void beat(), Math.max(LEAST_HEARTBEAT_MS, this.#leaseTtlMs / 3))
-      timer.unref()
-    }
-    next()
-    return {
-      stop: () => {
-        stopped = true
-        clearTimeout(timer)
-      },
-    }
+    run.end()
+    if (this.#unsettled-- >= MOST_UNSETTLED) this.#fill()
+    this.#wakeLoop()
+    if (this.#running.size + this.#unsettled === 0) this.#onIdle?.()
   }
 
-  /** Settles on the worker's behalf: that the handler did so before, or that the bus closed, is no error. */
+  #wakeLoop(): void {
+    if (this.#wake && this.#wanted() > 0) this.#wake()
+  }
+
+  #isStale(): boolean {
+    const { since } = this.#ready
+    return since !== undefined && performance.now() - since >= this.#pace.staleMs
+  }
+
+  #watchStale(): void {
+    const { since } = this.#ready
+    if (this.#staleTimer || since === undefined || this.#claiming.signal.aborted) return
+    this.#staleTimer = setTimeout(
+      () => {
+        this.#staleTimer = undefined
+        if (this.#isStale()) this.#handBackStale()
+        this.#watchStale()
+      },
+      Math.max(1, since + this.#pace.staleMs - performance.now()),
+    )
+    this.#staleTimer.unref()
+  }
+
+  #handBackStale(): void {
+    const stale = this.#ready.drain(performance.now() - this.#pace.staleMs)
+    this.#pace.stalled()
+    void this.#putBack(stale)
+    this.#wakeLoop()
+  }
+
+  /** What nobody has begun goes back to the queue. */
+  async #putBack(jobs: readonly ClaimedJob<Tx>[]): Promise<void> {
+    await Promise.all(
+      jobs.map((job) => {
+        if (!HeldJob.is(job)) return this.#attempt(job, () => job.lease.release())
+        job.wait()
+        return job.putBack()
+      }),
+    )
+  }
+
+  /** One timer for the heartbeats of all jobs; none while nothing runs. A beat that fails is followed by the next. */
+  #tick(): void {
+    if (this.#ticker) return
+    const tickMs = Math.max(LEAST_HEARTBEAT_MS, this.#leaseTtlMs / 3) / TICKS_PER_HEARTBEAT
+    this.#ticker = setTimeout(() => {
+      this.#ticker = undefined
+      for (const run of this.#running) if (run.isDue(TICKS_PER_HEARTBEAT)) void run.beat()
+      if (this.#running.size > 0) this.#tick()
+    }, tickMs)
+    this.#ticker.unref()
+  }
+
+  /** Settles on the worker's behalf. */
   async #attempt(job: ClaimedJob<Tx>, settle: () => Promise<void>): Promise<void> {
     try {
       await settle()
     } catch (error) {
-      if (!isBusError(error, 'already_settled') && !isBusError(error, 'closed')) this.#report(error, job)
+      this.#settlementFailed(error, job)
     }
+  }
+
+  /** That the handler settled the job before, or that the bus closed, is no error. */
+  #settlementFailed(error: unknown, job: ClaimedJob<Tx>): void {
+    if (!isBusError(error, 'already_settled') && !isBusError(error, 'closed')) this.#report(error, job)
   }
 
   #report(error: unknown, job?: ClaimedJob<Tx>): void {
@@ -233,25 +336,4 @@ export class Worker<Tx = never> implements AsyncDisposable {
       signal.removeEventListener('abort', resolve as () => void)
     })
   }
-}
-
-const SETTLEMENTS: ReadonlySet<PropertyKey> = new Set(['ack', 'nak', 'deadLetter'])
-
-/** The job as the handler gets it, and whether he settled it himself. */
-function watchSettlement<Tx>(job: ClaimedJob<Tx>): { readonly job: ClaimedJob<Tx>; readonly settled: boolean } {
-  const watched = {
-    settled: false,
-    job: new Proxy(job, {
-      get(target, key) {
-        const value: unknown = Reflect.get(target, key, target)
-        if (typeof value !== 'function') return value
-        return async (...args: unknown[]) => {
-          const result: unknown = await value.apply(target, args)
-          if (SETTLEMENTS.has(key)) watched.settled = true
-          return result
-        }
-      },
-    }),
-  }
-  return watched
 }
