@@ -11,116 +11,209 @@ set jit = off as $$
 $$;
 comment on function klieo.dedup_lives(text, bytea) is 'Whether an idempotency record is kept alive by its job.';
 
-create function klieo.kv_get(bucket text, key text)
-returns table (value bytea, revision bigint, updated_at timestamptz)
+create function klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint)
+returns table (n bigint, value bytea, revision bigint, updated_at timestamptz)
 language plpgsql stable
 set enable_seqscan = off
 set jit = off as $$
 #variable_conflict use_column
 begin
   return query
-    select e.value, e.revision, e.updated_at
-    from klieo.kv_entries e
-    where e.bucket = kv_get.bucket
-      and e.key = kv_get.key
-      and e.value is not null
-      and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value));
+    select i.n,
+      case when sum(octet_length(e.value)) over (order by i.n) - octet_length(e.value) < kv_get_many.max_bytes then e.value end,
+      e.revision, e.updated_at
+    from unnest(kv_get_many.buckets, kv_get_many.keys) with ordinality as i(bucket, key, n),
+      lateral (
+        select x.value, x.revision, x.updated_at
+        from klieo.kv_entries x
+        where x.bucket = i.bucket
+          and x.key = i.key
+          and x.value is not null
+          and (x.expires_at is null or x.expires_at > clock_timestamp() or klieo.dedup_lives(x.bucket, x.value))
+        limit 1
+      ) e
+    order by i.n;
+end
+$$;
+comment on function klieo.kv_get_many(text[], text[], bigint) is
+  'The entries of keys, by their positions; no row while one is absent. Once the values before it come to max_bytes, an entry is answered without its value: ask for it again.';
+
+create function klieo.kv_get(bucket text, key text)
+returns table (value bytea, revision bigint, updated_at timestamptz)
+language plpgsql stable as $$
+#variable_conflict use_column
+begin
+  return query
+    select g.value, g.revision, g.updated_at from klieo.kv_get_many(array[kv_get.bucket], array[kv_get.key], 1) g;
 end
 $$;
 comment on function klieo.kv_get(text, text) is 'The entry of a key; no row while it is absent.';
 
+-- The one place where keys are written, for one write as for many. Each write has a bucket, a key, a value (without a length: a
+-- deletion) and what the key is expected to be: at a revision, absent (0) or anything (null). The result is as if they were made
+-- one after the other: several writes of a key are in several rounds, and the keys of a round are in one order everywhere, so
+-- that two calls do not deadlock.
+--
 -- The revision is drawn in the update, so after the row is locked: a key's revisions grow in commit order. Drawn in the
--- insert it may be from before a wait; then the insert turns into the update and draws again.
-create function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint default null) returns bigint
+-- insert it may be from before a wait; then the insert turns into the update and draws again. So is the expiry.
+create function klieo.kv_write(
+  buckets text[], keys text[], payload bytea, starts int[], lengths int[], expected bigint[], ttls_ms bigint[], round_ends int[],
+  out revisions bigint[], out actuals bigint[])
 language plpgsql
 set enable_seqscan = off
 set jit = off as $$
 #variable_conflict use_column
 declare
-  v_expiry interval := make_interval(secs => kv_put.ttl_ms / 1000.0);
-  v_revision bigint;
-  v_at timestamptz;
+  v_from int := 1;
+  v_to int;
+  v_creating boolean;
+  v_tids tid[];
+  v_ns int[];
+  v_row record;
+begin
+  revisions := array_fill(null::bigint, array[cardinality(kv_write.keys)]);
+  actuals := revisions;
+  foreach v_to in array coalesce(kv_write.round_ends, array[cardinality(kv_write.keys)]) loop
+    -- Whatever the key is, and then what must be absent.
+    foreach v_creating in array array[false, true] loop
+      continue when not exists (
+        select from unnest(kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to]) as i(length, expected)
+        where i.length is not null and case when v_creating then i.expected = 0 else i.expected is null end
+      );
+      for v_row in
+        with input as materialized (
+          select i.bucket, i.key, i.start, i.length, i.ttl_ms, (v_from + i.n - 1)::int as n
+          from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.starts[v_from:v_to], kv_write.lengths[v_from:v_to],
+            kv_write.expected[v_from:v_to], kv_write.ttls_ms[v_from:v_to]) with ordinality as i(bucket, key, start, length, expected, ttl_ms, n)
+          where i.length is not null and case when v_creating then i.expected = 0 else i.expected is null end
+        ), written as (
+          insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+          select i.bucket, i.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + make_interval(secs => i.ttl_ms / 1000.0),
+            substring(kv_write.payload from i.start for i.length)
+          from input i
+          on conflict (bucket, key) do update
+            set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), value = excluded.value,
+              expires_at = clock_timestamp() + make_interval(secs => extract(epoch from excluded.expires_at - excluded.updated_at)::double precision)
+            where not v_creating or e.value is null or e.expires_at <= clock_timestamp()
+          returning e.bucket, e.key, e.revision, e.updated_at, e.value
+        ), logged as (
+          insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+          select w.revision, w.updated_at, w.bucket, w.key, w.value from written w
+        )
+        select i.n, w.revision from written w join input i on i.bucket = w.bucket and i.key = w.key
+      loop
+        revisions[v_row.n] := v_row.revision;
+      end loop;
+    end loop;
+
+    -- What must be there. Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is
+    -- locked. By their places on disk the planner cannot but look the locked rows up.
+    select array_agg(l.ctid), array_agg((v_from + i.n - 1)::int) into v_tids, v_ns
+    from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to])
+        with ordinality as i(bucket, key, length, expected, n),
+      lateral (
+        select e.ctid
+        from klieo.kv_entries e
+        where e.bucket = i.bucket and e.key = i.key and e.value is not null and (i.expected is null or e.revision = i.expected)
+        for no key update
+      ) l
+    where i.length is null or i.expected > 0;
+    if v_tids is not null then
+      for v_row in
+        with written as (
+          update klieo.kv_entries e
+          set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(),
+            expires_at = clock_timestamp() + make_interval(secs => i.ttl_ms / 1000.0), value = substring(kv_write.payload from i.start for i.length)
+          from (
+            select l.tid, l.n, kv_write.starts[l.n] as start, kv_write.lengths[l.n] as length, kv_write.expected[l.n] as expected, kv_write.ttls_ms[l.n] as ttl_ms
+            from unnest(v_tids, v_ns) as l(tid, n)
+          ) i
+          where e.ctid = i.tid
+            and e.value is not null
+            and (e.expires_at is null or e.expires_at > clock_timestamp() or (i.length is null and klieo.dedup_lives(e.bucket, e.value)))
+            and (i.expected is null or e.revision = i.expected)
+          returning i.n, e.bucket, e.key, e.revision, e.updated_at, e.value
+        ), logged as (
+          insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+          select w.revision, w.updated_at, w.bucket, w.key, w.value from written w
+        )
+        select w.n, w.revision from written w
+      loop
+        revisions[v_row.n] := v_row.revision;
+      end loop;
+    end if;
+
+    -- A statement of its own: it sees what was waited for.
+    if exists (select from unnest(kv_write.expected[v_from:v_to], revisions[v_from:v_to]) as i(expected, revision) where i.expected is not null and i.revision is null) then
+      for v_row in
+        select (v_from + i.n - 1)::int as n, g.revision
+        from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.expected[v_from:v_to], revisions[v_from:v_to])
+            with ordinality as i(bucket, key, expected, revision, n),
+          lateral (select g.revision from klieo.kv_get(i.bucket, i.key) g) g
+        where i.expected is not null and i.revision is null
+      loop
+        actuals[v_row.n] := v_row.revision;
+      end loop;
+    end if;
+    v_from := v_to + 1;
+  end loop;
+end
+$$;
+comment on function klieo.kv_write(text[], text[], bytea, int[], int[], bigint[], bigint[], int[]) is
+  'Writes and deletes keys, in rounds that end where round_ends says (null: one round). Answers for each write its revision, or null if it lost and, where the key is there, its revision now. Checks nothing but what the tables check.';
+
+create function klieo.kv_write_soon(
+  buckets text[], keys text[], payload bytea, starts int[], lengths int[], expected bigint[], ttls_ms bigint[], round_ends int[],
+  out revisions bigint[], out actuals bigint[])
+language plpgsql
+set lock_timeout = '20ms' as $$
+begin
+  select w.revisions, w.actuals into revisions, actuals
+  from klieo.kv_write(kv_write_soon.buckets, kv_write_soon.keys, kv_write_soon.payload, kv_write_soon.starts, kv_write_soon.lengths,
+    kv_write_soon.expected, kv_write_soon.ttls_ms, kv_write_soon.round_ends) w;
+end
+$$;
+comment on function klieo.kv_write_soon(text[], text[], bytea, int[], int[], bigint[], bigint[], int[]) is
+  'The same, but fails with 55P03 and writes nothing where one of the keys is locked for more than an instant: nobody else waits along.';
+
+create function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint default null) returns bigint
+language plpgsql as $$
 begin
   perform klieo.check_key(kv_put.bucket, kv_put.key, true);
   perform klieo.check_payload('value', kv_put.value);
-  insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
-  values (kv_put.bucket, kv_put.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_put.value)
-  on conflict (bucket, key) do update
-    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
-  returning e.revision, e.updated_at into v_revision, v_at;
-  insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_put.bucket, kv_put.key, kv_put.value);
-  return v_revision;
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_put.bucket], array[kv_put.key], kv_put.value, array[1], array[octet_length(kv_put.value)], array[null::bigint], array[kv_put.ttl_ms], null) w
+  );
 end
 $$;
 comment on function klieo.kv_put(text, text, bytea, bigint) is 'Writes a key, absent again after ttl_ms; answers the new revision.';
 
 create function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint default null) returns bigint
-language plpgsql
-set enable_seqscan = off
-set jit = off as $$
-#variable_conflict use_column
-declare
-  v_expiry interval := make_interval(secs => kv_cas.ttl_ms / 1000.0);
-  v_revision bigint;
-  v_at timestamptz;
+language plpgsql as $$
 begin
   perform klieo.check_key(kv_cas.bucket, kv_cas.key, true);
   perform klieo.check_payload('value', kv_cas.value);
-  if kv_cas.expected is null then
-    insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
-    values (kv_cas.bucket, kv_cas.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_cas.value)
-    on conflict (bucket, key) do update
-      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
-      where e.value is null or e.expires_at <= clock_timestamp()
-    returning e.revision, e.updated_at into v_revision, v_at;
-  else
-    -- Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is locked.
-    perform from klieo.kv_entries e
-    where e.bucket = kv_cas.bucket and e.key = kv_cas.key and e.revision = kv_cas.expected and e.value is not null
-    for no key update;
-    update klieo.kv_entries e
-    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
-    where e.bucket = kv_cas.bucket
-      and e.key = kv_cas.key
-      and e.revision = kv_cas.expected
-      and e.value is not null
-      and (e.expires_at is null or e.expires_at > clock_timestamp())
-    returning e.revision, e.updated_at into v_revision, v_at;
+  if kv_cas.expected < 1 then
+    return null;
   end if;
-  if v_revision is not null then
-    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_cas.bucket, kv_cas.key, kv_cas.value);
-  end if;
-  return v_revision;
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_cas.bucket], array[kv_cas.key], kv_cas.value, array[1], array[octet_length(kv_cas.value)], array[coalesce(kv_cas.expected, 0)], array[kv_cas.ttl_ms], null) w
+  );
 end
 $$;
 comment on function klieo.kv_cas(text, text, bytea, bigint, bigint) is
   'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
 
 create function klieo.kv_delete(bucket text, key text, expected bigint default null) returns bigint
-language plpgsql
-set enable_seqscan = off
-set jit = off as $$
-#variable_conflict use_column
-declare
-  v_revision bigint;
-  v_at timestamptz;
+language plpgsql as $$
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
-  perform from klieo.kv_entries e
-  where e.bucket = kv_delete.bucket and e.key = kv_delete.key and e.value is not null and (kv_delete.expected is null or e.revision = kv_delete.expected)
-  for no key update;
-  update klieo.kv_entries e
-  set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
-  where e.bucket = kv_delete.bucket
-    and e.key = kv_delete.key
-    and e.value is not null
-    and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value))
-    and (kv_delete.expected is null or e.revision = kv_delete.expected)
-  returning e.revision, e.updated_at into v_revision, v_at;
-  if v_revision is not null then
-    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_delete.bucket, kv_delete.key, null);
-  end if;
-  return v_revision;
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_delete.bucket], array[kv_delete.key], null, array[null::int], array[null::int], array[kv_delete.expected], array[null::bigint], null) w
+  );
 end
 $$;
 comment on function klieo.kv_delete(text, text, bigint) is

@@ -1,24 +1,24 @@
 /** The statements of the key-value store and its leases. Whatever may run in a caller's transaction takes and answers text. */
 
+/** $1 buckets, $2 keys, $3 how many bytes. A row for each key that is there; a null value: ask again, there was too much. */
 export const GET = `
-  select value, revision, extract(epoch from updated_at) * 1000 as updated_at_ms
-  from klieo.kv_get($1, $2)`
+  select n, value, revision, extract(epoch from updated_at) * 1000 as updated_at_ms
+  from klieo.kv_get_many($1::text::text[], $2::text::text[], $3)`
 
-/** $1 bucket, $2 key, $3 value, $4 ttl in ms or null */
-export const PUT = `
-  select klieo.kv_put($1::text, $2::text, $3::bytea, $4::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
+const WRITE_PARAMETERS = `$1::text::text[], $2::text::text[], $3::bytea, $4::text::int[], $5::text::int[], $6::text::bigint[], $7::text::bigint[], $8::text::int[]`
 
-/** $1 bucket, $2 key, $3 value, $4 expected revision or null, $5 ttl in ms or null. A null revision: lost. */
-export const CAS = `
-  select klieo.kv_cas($1::text, $2::text, $3::bytea, $4::text::bigint, $5::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
+/**
+ * $1 buckets, $2 keys, $3 values, $4 starts, $5 lengths (null: a deletion), $6 expected revisions (0: absent, null: anything),
+ * $7 ttls in ms or null, $8 ends of rounds or null. Answers a revision for each (null: lost), and for what lost the revision now.
+ */
+export const WRITE = `
+  select w.revisions::text as revisions, w.actuals::text as actuals, pg_current_xact_id_if_assigned()::text as tx
+  from klieo.kv_write(${WRITE_PARAMETERS}) w`
 
-/** $1 bucket, $2 key, $3 expected revision or null. A null revision: nothing was deleted. */
-export const DELETE = `
-  select klieo.kv_delete($1::text, $2::text, $3::text::bigint)::text as revision, pg_current_xact_id()::text as tx`
-
-/** The revision of a key that is there. */
-export const REVISION = `
-  select revision::text as revision from klieo.kv_get($1::text, $2::text)`
+/** The same; fails with 55P03 rather than wait for somebody's open transaction. */
+export const WRITE_SOON = `
+  select w.revisions::text as revisions, w.actuals::text as actuals
+  from klieo.kv_write_soon(${WRITE_PARAMETERS}) w`
 
 /** $1 bucket, $2 pattern or null, $3 after this key, $4 how many */
 export const KEYS = `

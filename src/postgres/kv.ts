@@ -23,28 +23,15 @@ import {
   type Revision,
 } from '../core/index.ts'
 import { jittered } from '../runtime/backoff.ts'
-import type { Topic } from '../runtime/bell.ts'
+import { Batcher } from '../runtime/batcher.ts'
 import { HeldLease } from '../runtime/lease.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import { type ChangeSource, ChangeWatch, WatchCutOff } from '../runtime/watch.ts'
-import { asBuffer } from './arrays.ts'
+import { pgArray } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx, type Row } from './database.ts'
-import {
-  CAS,
-  DELETE,
-  GET,
-  KEYS,
-  LEASE,
-  LEASE_HEARTBEAT,
-  LEASE_LEFT,
-  LEASE_RELEASE,
-  PUT,
-  REVISION,
-  WATCH_CHANGES,
-  WATCH_ENTRIES,
-  WATCH_SNAPSHOT,
-} from './kv.sql.ts'
+import { GET, KEYS, LEASE, LEASE_HEARTBEAT, LEASE_LEFT, LEASE_RELEASE, WATCH_CHANGES, WATCH_ENTRIES, WATCH_SNAPSHOT } from './kv.sql.ts'
+import { KvWrites, type Write, type Written } from './kv-writes.ts'
 
 /** How long prune_kv leaves changes, less a margin. */
 export const CHANGES_KEPT_MS = 9 * 60 * 1_000
@@ -55,9 +42,19 @@ const WATCH_PAGE = 100
 const READ_AT_ONCE = 1_000
 const READ_AT_ONCE_BYTES = 8 * 1024 * 1024
 
-interface WriteRow extends Row {
-  readonly revision: string | null
-  readonly tx: string
+/** What the values of a batch of gets come to, about; one value may be larger. */
+const GET_BYTES = 4 * 1024 * 1024
+
+interface Get {
+  readonly bucket: string
+  readonly key: string
+}
+
+interface GetRow extends Row {
+  readonly n: number
+  readonly value: Uint8Array | null
+  readonly revision: number
+  readonly updated_at_ms: string
 }
 
 interface EntryRow extends Row {
@@ -69,26 +66,29 @@ interface EntryRow extends Row {
 
 export class PostgresKv implements KvStore<PostgresTx> {
   readonly #context: Context
+  readonly #gets: Batcher<Get, KvEntry | null>
+  readonly #writes: KvWrites
   readonly #watches = new Set<ChangeWatch>()
   readonly #grants = new Set<Promise<unknown>>()
   readonly #leases = new Map<HeldLease, () => Promise<void>>()
 
   constructor(context: Context) {
     this.#context = context
+    this.#gets = new Batcher((gets) => this.#get(gets))
+    this.#writes = new KvWrites(context)
   }
 
   async get(bucket: string, key: string): Promise<KvEntry | null> {
     this.#context.checkOpen()
     checkBucket(bucket, 'read')
     checkKey(bucket, key)
-    const [row] = await this.#context.db.query<EntryRow>(GET, [bucket, key], 'get')
-    return row ? toEntry({ ...row, key }) : null
+    return this.#gets.add({ bucket, key })
   }
 
   async put(bucket: string, key: string, value: Payload, options: KvPutOptions<PostgresTx> = {}): Promise<Revision> {
     const { bytes, ttlMs, tx } = this.#checkWrite(bucket, key, value, options)
-    const { revision } = await this.#write(bucket, PUT, [bucket, key, bytes, ttlMs], 'put', tx)
-    return Number(revision)
+    const { revision } = await this.#write({ bucket, key, value: bytes, expected: null, ttlMs, doing: 'put' }, tx)
+    return revision as Revision
   }
 
   async cas(
@@ -101,10 +101,9 @@ export class PostgresKv implements KvStore<PostgresTx> {
     const { bytes, ttlMs, tx } = this.#checkWrite(bucket, key, value, options)
     checkExpected(expected)
     for (;;) {
-      const { revision } = await this.#write(bucket, CAS, [bucket, key, bytes, text(expected), ttlMs], 'cas', tx)
-      if (revision !== null) return Number(revision)
-      const actual = await this.#revision(bucket, key, 'cas', tx)
-      // What was in the way is gone again: the key is as expected now.
+      const { revision, actual } = await this.#write({ bucket, key, value: bytes, expected: expected ?? 0, ttlMs, doing: 'cas' }, tx)
+      if (revision !== null) return revision
+      // What was in the way may be gone again: then the key is as expected now.
       if (actual !== expected) throw casConflict(key, expected, actual)
     }
   }
@@ -117,10 +116,12 @@ export class PostgresKv implements KvStore<PostgresTx> {
     const { expected, tx } = options
     checkTx(tx)
     if (expected !== undefined) checkRevision('expected', expected)
-    const { revision } = await this.#write(bucket, DELETE, [bucket, key, text(expected ?? null)], 'delete', tx)
-    if (revision !== null || expected === undefined) return
+    const { revision, actual } = await this.#write(
+      { bucket, key, value: null, expected: expected ?? null, ttlMs: null, doing: 'delete' },
+      tx,
+    )
     // A key that is absent is not at the expected revision either.
-    throw casConflict(key, expected, await this.#revision(bucket, key, 'delete', tx))
+    if (revision === null && expected !== undefined) throw casConflict(key, expected, actual)
   }
 
   async *keys(bucket: string, filter?: string): AsyncGenerator<string, void, undefined> {
@@ -214,30 +215,23 @@ export class PostgresKv implements KvStore<PostgresTx> {
     const { ttlMs, tx } = options
     checkTx(tx)
     if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs)
-    const bytes = asBuffer(checkPayload(value, this.#context.maxPayloadBytes, 'value'))
-    return { bytes, ttlMs: text(ttlMs ?? null), tx }
+    const bytes = checkPayload(value, this.#context.maxPayloadBytes, 'value')
+    return { bytes, ttlMs: ttlMs ?? null, tx }
   }
 
-  async #write(bucket: string, statement: string, values: unknown[], doing: string, tx: PostgresTx | undefined): Promise<WriteRow> {
-    const { db, ringer } = this.#context
-    const [row] =
-      tx === undefined ? await db.query<WriteRow>(statement, values, doing) : await db.queryIn<WriteRow>(tx, statement, values, doing)
-    if (!row) throw new BusError('internal', `${doing}: the server answered nothing`)
-    if (row.revision !== null) {
-      const topics: Topic[] = [{ kind: 'bucket', name: bucket }]
-      if (tx === undefined) ringer.ring(topics)
-      else ringer.afterCommit(row.tx, topics)
+  #write(write: Write, tx: PostgresTx | undefined): Promise<Written> {
+    return tx === undefined ? this.#writes.write(write) : this.#writes.writeIn(tx, write)
+  }
+
+  async #get(gets: readonly Get[]): Promise<(KvEntry | null | Promise<KvEntry | null>)[]> {
+    const values = [pgArray(gets.map(({ bucket }) => bucket)), pgArray(gets.map(({ key }) => key)), GET_BYTES]
+    const entries = new Array<KvEntry | null | Promise<KvEntry | null>>(gets.length).fill(null)
+    for (const row of await this.#context.db.query<GetRow>(GET, values, 'get')) {
+      const get = gets[row.n - 1] as Get
+      // Without its value: there was too much for one answer.
+      entries[row.n - 1] = row.value === null ? this.#gets.add(get) : toEntry({ ...row, key: get.key })
     }
-    return row
-  }
-
-  async #revision(bucket: string, key: string, doing: string, tx: PostgresTx | undefined): Promise<Revision | null> {
-    const { db } = this.#context
-    const [row] =
-      tx === undefined
-        ? await db.query<{ revision: string }>(REVISION, [bucket, key], doing)
-        : await db.queryIn<{ revision: string }>(tx, REVISION, [bucket, key], doing)
-    return row ? Number(row.revision) : null
+    return entries
   }
 
   /**
@@ -331,10 +325,6 @@ export class PostgresKv implements KvStore<PostgresTx> {
     lease.signal.addEventListener('abort', () => this.#leases.delete(lease), { once: true })
     return lease
   }
-}
-
-function text(value: number | null): string | null {
-  return value === null ? null : String(value)
 }
 
 function toEntry({ key, value, revision, updated_at_ms }: EntryRow): KvEntry {

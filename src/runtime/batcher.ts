@@ -24,14 +24,14 @@ export interface BatcherOptions<I> {
 }
 
 export class Batcher<I, O> {
-  readonly #run: (inputs: readonly I[]) => Promise<readonly O[]>
+  readonly #run: (inputs: readonly I[]) => Promise<readonly (O | PromiseLike<O>)[]>
   readonly #options: Required<BatcherOptions<I>>
   #waiting: Entry<I, O>[] = []
   #underWay = 0
   #scheduled = false
 
-  /** @param run answers one output per input, in their order */
-  constructor(run: (inputs: readonly I[]) => Promise<readonly O[]>, options: BatcherOptions<I> = {}) {
+  /** @param run answers one output per input, in their order; a promise where a call goes on without its batch */
+  constructor(run: (inputs: readonly I[]) => Promise<readonly (O | PromiseLike<O>)[]>, options: BatcherOptions<I> = {}) {
     this.#run = run
     this.#options = { maxCalls: 500, maxParallel: 1, weight: () => 0, maxWeight: Number.POSITIVE_INFINITY, ...options }
   }
