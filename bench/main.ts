@@ -122,7 +122,10 @@ async function compareAll(postgres: PostgresServer): Promise<void> {
     if (!known) continue
     const { contender, peer } = known
     const version = await contender.version().catch(() => 'of an unknown version')
-    contenders[name] = { version, settings: contender.settings, server: contender.server ?? 'postgres', peer }
+    // One name may stand for several shapes: jobs, log and so on.
+    const alike = (Object.values(all).flat() as Contender<unknown>[]).filter((each) => each.name === name)
+    const settings = [...new Set(alike.map((each) => each.settings))].join('; ')
+    contenders[name] = { version, settings, server: contender.server ?? 'postgres', peer }
   }
 
   const outcome = await execute(

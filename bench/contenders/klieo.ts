@@ -19,7 +19,7 @@ async function version(): Promise<string> {
 export const klieoJobs: Contender<JobsSession> = {
   name: 'klieo-bus',
   version,
-  settings: `the defaults (a pool of 10); drained by one Worker with concurrency ${DRAIN_CONCURRENCY}; latencies with concurrency 10`,
+  settings: `jobs: the defaults (a pool of 10), drained by one Worker with concurrency ${DRAIN_CONCURRENCY}; latencies with concurrency 10`,
   async open({ postgresUrl }) {
     const bus = await PostgresBus.connect({ connectionString: postgresUrl })
     let queue = QUEUE
@@ -61,7 +61,7 @@ export const klieoJobs: Contender<JobsSession> = {
 export const klieoLog: Contender<LogSession> = {
   name: 'klieo-bus',
   version,
-  settings: 'the defaults: a stream with maxInFlight 256, maxAckPending 1,000, every ack awaited, many at once',
+  settings: 'publish/subscribe: the defaults, a stream with maxInFlight 256, maxAckPending 1,000, every ack awaited, many at once',
   async open({ postgresUrl }) {
     const bus = await PostgresBus.connect({ connectionString: postgresUrl })
     let durables: string[] = []
@@ -116,7 +116,7 @@ async function consumeOne(bus: PostgresBus, durable: string, count: number): Pro
 export const klieoKv: Contender<KvSession> = {
   name: 'klieo-bus',
   version,
-  settings: 'the defaults',
+  settings: 'key-value: the defaults',
   async open({ postgresUrl }) {
     const bus = await PostgresBus.connect({ connectionString: postgresUrl })
     return {
@@ -132,7 +132,7 @@ export const klieoKv: Contender<KvSession> = {
 export const klieoRequests: Contender<RequestSession> = {
   name: 'klieo-bus',
   version,
-  settings: 'the defaults; requester and responder are two buses in one process',
+  settings: 'requests: the defaults, requester and responder are two buses in one process',
   async open({ postgresUrl }) {
     const requester = await PostgresBus.connect({ connectionString: postgresUrl })
     const responder = await PostgresBus.connect({ connectionString: postgresUrl })
