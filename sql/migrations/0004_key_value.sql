@@ -15,6 +15,7 @@ create function klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint)
 returns table (n bigint, value bytea, revision bigint, updated_at timestamptz)
 language plpgsql stable
 set enable_seqscan = off
+set plan_cache_mode = force_generic_plan
 set jit = off as $$
 #variable_conflict use_column
 begin
@@ -56,16 +57,22 @@ comment on function klieo.kv_get(text, text) is 'The entry of a key; no row whil
 --
 -- The revision is drawn in the update, so after the row is locked: a key's revisions grow in commit order. Drawn in the
 -- insert it may be from before a wait; then the insert turns into the update and draws again. So is the expiry.
+--
+-- Generic plans: for one made anew each time, because it knows how long the arrays are, a single write would cost twice as much.
 create function klieo.kv_write(
   buckets text[], keys text[], payload bytea, starts int[], lengths int[], expected bigint[], ttls_ms bigint[], round_ends int[],
   out revisions bigint[], out actuals bigint[])
 language plpgsql
 set enable_seqscan = off
+set plan_cache_mode = force_generic_plan
 set jit = off as $$
 #variable_conflict use_column
 declare
   v_from int := 1;
   v_to int;
+  v_puts boolean;
+  v_creates boolean;
+  v_updates boolean;
   v_creating boolean;
   v_tids tid[];
   v_ns int[];
@@ -73,13 +80,13 @@ declare
 begin
   revisions := array_fill(null::bigint, array[cardinality(kv_write.keys)]);
   actuals := revisions;
+  select bool_or(i.length is not null and i.expected is null), bool_or(i.length is not null and i.expected = 0), bool_or(i.length is null or i.expected > 0)
+  into v_puts, v_creates, v_updates
+  from unnest(kv_write.lengths, kv_write.expected) as i(length, expected);
   foreach v_to in array coalesce(kv_write.round_ends, array[cardinality(kv_write.keys)]) loop
     -- Whatever the key is, and then what must be absent.
     foreach v_creating in array array[false, true] loop
-      continue when not exists (
-        select from unnest(kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to]) as i(length, expected)
-        where i.length is not null and case when v_creating then i.expected = 0 else i.expected is null end
-      );
+      continue when not case when v_creating then v_creates else v_puts end;
       for v_row in
         with input as materialized (
           select i.bucket, i.key, i.start, i.length, i.ttl_ms, (v_from + i.n - 1)::int as n
@@ -108,17 +115,17 @@ begin
 
     -- What must be there. Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is
     -- locked. By their places on disk the planner cannot but look the locked rows up.
-    select array_agg(l.ctid), array_agg((v_from + i.n - 1)::int) into v_tids, v_ns
-    from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to])
-        with ordinality as i(bucket, key, length, expected, n),
-      lateral (
-        select e.ctid
-        from klieo.kv_entries e
-        where e.bucket = i.bucket and e.key = i.key and e.value is not null and (i.expected is null or e.revision = i.expected)
-        for no key update
-      ) l
-    where i.length is null or i.expected > 0;
-    if v_tids is not null then
+    if v_updates then
+      select array_agg(l.ctid), array_agg((v_from + i.n - 1)::int) into v_tids, v_ns
+      from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to])
+          with ordinality as i(bucket, key, length, expected, n),
+        lateral (
+          select e.ctid
+          from klieo.kv_entries e
+          where e.bucket = i.bucket and e.key = i.key and e.value is not null and (i.expected is null or e.revision = i.expected)
+          for no key update
+        ) l
+      where i.length is null or i.expected > 0;
       for v_row in
         with written as (
           update klieo.kv_entries e
@@ -144,7 +151,7 @@ begin
     end if;
 
     -- A statement of its own: it sees what was waited for.
-    if exists (select from unnest(kv_write.expected[v_from:v_to], revisions[v_from:v_to]) as i(expected, revision) where i.expected is not null and i.revision is null) then
+    if v_creates or v_updates then
       for v_row in
         select (v_from + i.n - 1)::int as n, g.revision
         from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.expected[v_from:v_to], revisions[v_from:v_to])
