@@ -180,8 +180,8 @@ CREATE INDEX requests_open ON klieo.requests USING btree (deadline) WHERE (claim
 CREATE INDEX responders_instance ON klieo.responders USING btree (instance_id);
 
 create view klieo.consumer_stats as
- SELECT durable,
-    filter,
+ SELECT o.durable,
+    o.filter,
     ( SELECT count(*) AS count
            FROM klieo.messages m
           WHERE ((m.tx >= pg_snapshot_xmin(o.lo)) AND (NOT pg_visible_in_snapshot(m.tx, o.lo)) AND (NOT COALESCE((pg_visible_in_snapshot(m.tx, o.hi) AND (ROW(m.tx, m.seq) <= ROW(o.pos_tx, o.pos_seq))), false)) AND ((m.subject = o.filter) OR (m.subject ~ o.pattern)) AND (m.seq >= o.start_seq) AND (m.published_at >= o.start_time))) AS pending,
@@ -191,54 +191,54 @@ create view klieo.consumer_stats as
     ( SELECT count(*) AS count
            FROM klieo.deliveries d
           WHERE ((d.consumer_id = o.id) AND ((d.token IS NULL) OR (d.visible_at <= clock_timestamp())))) AS redelivering,
-    last_active_at
+    o.last_active_at
    FROM klieo.consumer_offsets o;
 
 create view klieo.job_details as
- SELECT id,
-    queue,
+ SELECT j.id,
+    j.queue,
         CASE
-            WHEN (died_at IS NOT NULL) THEN 'dead'::text
-            WHEN (visible_at <= clock_timestamp()) THEN 'ready'::text
-            WHEN (token IS NOT NULL) THEN 'running'::text
+            WHEN (j.died_at IS NOT NULL) THEN 'dead'::text
+            WHEN (j.visible_at <= clock_timestamp()) THEN 'ready'::text
+            WHEN (j.token IS NOT NULL) THEN 'running'::text
             ELSE 'scheduled'::text
         END AS state,
-    priority,
-    attempts,
-    max_attempts,
-    run_at,
+    j.priority,
+    j.attempts,
+    j.max_attempts,
+    j.run_at,
         CASE
-            WHEN ((token IS NOT NULL) AND (died_at IS NULL)) THEN visible_at
+            WHEN ((j.token IS NOT NULL) AND (j.died_at IS NULL)) THEN j.visible_at
             ELSE NULL::timestamp with time zone
         END AS leased_until,
-    worker_id,
-    dedup_key,
-    last_error,
-    enqueued_at,
-    died_at,
-    headers,
-    payload,
-    klieo.as_text(payload) AS payload_text
+    j.worker_id,
+    j.dedup_key,
+    j.last_error,
+    j.enqueued_at,
+    j.died_at,
+    j.headers,
+    j.payload,
+    klieo.as_text(j.payload) AS payload_text
    FROM klieo.jobs j;
 
 create view klieo.message_details as
- SELECT seq,
-    subject,
-    headers,
-    published_at,
-    payload,
-    klieo.as_text(payload) AS payload_text
+ SELECT m.seq,
+    m.subject,
+    m.headers,
+    m.published_at,
+    m.payload,
+    klieo.as_text(m.payload) AS payload_text
    FROM klieo.messages m;
 
 create view klieo.queue_stats as
- SELECT queue,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS ready,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NULL))) AS scheduled,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NOT NULL))) AS running,
-    count(*) FILTER (WHERE (died_at IS NOT NULL)) AS dead,
-    min(visible_at) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS oldest_ready_at
+ SELECT j.queue,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS ready,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NULL))) AS scheduled,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NOT NULL))) AS running,
+    count(*) FILTER (WHERE (j.died_at IS NOT NULL)) AS dead,
+    min(j.visible_at) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS oldest_ready_at
    FROM klieo.jobs j
-  GROUP BY queue;
+  GROUP BY j.queue;
 
 CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
@@ -993,72 +993,30 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
- SET enable_seqscan TO 'off'
- SET jit TO 'off'
 AS $function$
-#variable_conflict use_column
-declare
-  v_expiry interval := make_interval(secs => kv_cas.ttl_ms / 1000.0);
-  v_revision bigint;
-  v_at timestamptz;
 begin
   perform klieo.check_key(kv_cas.bucket, kv_cas.key, true);
   perform klieo.check_payload('value', kv_cas.value);
-  if kv_cas.expected is null then
-    insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
-    values (kv_cas.bucket, kv_cas.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_cas.value)
-    on conflict (bucket, key) do update
-      set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
-      where e.value is null or e.expires_at <= clock_timestamp()
-    returning e.revision, e.updated_at into v_revision, v_at;
-  else
-    -- Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is locked.
-    perform from klieo.kv_entries e
-    where e.bucket = kv_cas.bucket and e.key = kv_cas.key and e.revision = kv_cas.expected and e.value is not null
-    for no key update;
-    update klieo.kv_entries e
-    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = kv_cas.value
-    where e.bucket = kv_cas.bucket
-      and e.key = kv_cas.key
-      and e.revision = kv_cas.expected
-      and e.value is not null
-      and (e.expires_at is null or e.expires_at > clock_timestamp())
-    returning e.revision, e.updated_at into v_revision, v_at;
+  if kv_cas.expected < 1 then
+    return null;
   end if;
-  if v_revision is not null then
-    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_cas.bucket, kv_cas.key, kv_cas.value);
-  end if;
-  return v_revision;
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_cas.bucket], array[kv_cas.key], kv_cas.value, array[1], array[octet_length(kv_cas.value)], array[coalesce(kv_cas.expected, 0)], array[kv_cas.ttl_ms], null) w
+  );
 end
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.kv_delete(bucket text, key text, expected bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
- SET enable_seqscan TO 'off'
- SET jit TO 'off'
 AS $function$
-#variable_conflict use_column
-declare
-  v_revision bigint;
-  v_at timestamptz;
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
-  perform from klieo.kv_entries e
-  where e.bucket = kv_delete.bucket and e.key = kv_delete.key and e.value is not null and (kv_delete.expected is null or e.revision = kv_delete.expected)
-  for no key update;
-  update klieo.kv_entries e
-  set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = null, value = null
-  where e.bucket = kv_delete.bucket
-    and e.key = kv_delete.key
-    and e.value is not null
-    and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value))
-    and (kv_delete.expected is null or e.revision = kv_delete.expected)
-  returning e.revision, e.updated_at into v_revision, v_at;
-  if v_revision is not null then
-    insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_delete.bucket, kv_delete.key, null);
-  end if;
-  return v_revision;
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_delete.bucket], array[kv_delete.key], null, array[null::int], array[null::int], array[kv_delete.expected], array[null::bigint], null) w
+  );
 end
 $function$;
 
@@ -1106,42 +1064,173 @@ CREATE OR REPLACE FUNCTION klieo.kv_get(bucket text, key text)
  RETURNS TABLE(value bytea, revision bigint, updated_at timestamp with time zone)
  LANGUAGE plpgsql
  STABLE
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    select g.value, g.revision, g.updated_at from klieo.kv_get_many(array[kv_get.bucket], array[kv_get.key], 1) g;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint)
+ RETURNS TABLE(n bigint, value bytea, revision bigint, updated_at timestamp with time zone)
+ LANGUAGE plpgsql
+ STABLE
  SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
 begin
   return query
-    select e.value, e.revision, e.updated_at
-    from klieo.kv_entries e
-    where e.bucket = kv_get.bucket
-      and e.key = kv_get.key
-      and e.value is not null
-      and (e.expires_at is null or e.expires_at > clock_timestamp() or klieo.dedup_lives(e.bucket, e.value));
+    select i.n,
+      case when sum(octet_length(e.value)) over (order by i.n) - octet_length(e.value) < kv_get_many.max_bytes then e.value end,
+      e.revision, e.updated_at
+    from unnest(kv_get_many.buckets, kv_get_many.keys) with ordinality as i(bucket, key, n),
+      lateral (
+        select x.value, x.revision, x.updated_at
+        from klieo.kv_entries x
+        where x.bucket = i.bucket
+          and x.key = i.key
+          and x.value is not null
+          and (x.expires_at is null or x.expires_at > clock_timestamp() or klieo.dedup_lives(x.bucket, x.value))
+        limit 1
+      ) e
+    order by i.n;
 end
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
+AS $function$
+begin
+  perform klieo.check_key(kv_put.bucket, kv_put.key, true);
+  perform klieo.check_payload('value', kv_put.value);
+  return (
+    select w.revisions[1]
+    from klieo.kv_write(array[kv_put.bucket], array[kv_put.key], kv_put.value, array[1], array[octet_length(kv_put.value)], array[null::bigint], array[kv_put.ttl_ms], null) w
+  );
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_write(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[])
+ RETURNS record
+ LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
  SET jit TO 'off'
 AS $function$
 #variable_conflict use_column
 declare
-  v_expiry interval := make_interval(secs => kv_put.ttl_ms / 1000.0);
-  v_revision bigint;
-  v_at timestamptz;
+  v_from int := 1;
+  v_to int;
+  v_puts boolean;
+  v_creates boolean;
+  v_updates boolean;
+  v_creating boolean;
+  v_tids tid[];
+  v_ns int[];
+  v_row record;
 begin
-  perform klieo.check_key(kv_put.bucket, kv_put.key, true);
-  perform klieo.check_payload('value', kv_put.value);
-  insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
-  values (kv_put.bucket, kv_put.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + v_expiry, kv_put.value)
-  on conflict (bucket, key) do update
-    set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), expires_at = clock_timestamp() + v_expiry, value = excluded.value
-  returning e.revision, e.updated_at into v_revision, v_at;
-  insert into klieo.kv_changes (revision, changed_at, bucket, key, value) values (v_revision, v_at, kv_put.bucket, kv_put.key, kv_put.value);
-  return v_revision;
+  revisions := array_fill(null::bigint, array[cardinality(kv_write.keys)]);
+  actuals := revisions;
+  select bool_or(i.length is not null and i.expected is null), bool_or(i.length is not null and i.expected = 0), bool_or(i.length is null or i.expected > 0)
+  into v_puts, v_creates, v_updates
+  from unnest(kv_write.lengths, kv_write.expected) as i(length, expected);
+  foreach v_to in array coalesce(kv_write.round_ends, array[cardinality(kv_write.keys)]) loop
+    -- Whatever the key is, and then what must be absent.
+    foreach v_creating in array array[false, true] loop
+      continue when not case when v_creating then v_creates else v_puts end;
+      for v_row in
+        with input as materialized (
+          select i.bucket, i.key, i.start, i.length, i.ttl_ms, (v_from + i.n - 1)::int as n
+          from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.starts[v_from:v_to], kv_write.lengths[v_from:v_to],
+            kv_write.expected[v_from:v_to], kv_write.ttls_ms[v_from:v_to]) with ordinality as i(bucket, key, start, length, expected, ttl_ms, n)
+          where i.length is not null and case when v_creating then i.expected = 0 else i.expected is null end
+        ), written as (
+          insert into klieo.kv_entries as e (bucket, key, revision, updated_at, expires_at, value)
+          select i.bucket, i.key, nextval('klieo.kv_revision'), clock_timestamp(), clock_timestamp() + make_interval(secs => i.ttl_ms / 1000.0),
+            substring(kv_write.payload from i.start for i.length)
+          from input i
+          on conflict (bucket, key) do update
+            set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(), value = excluded.value,
+              expires_at = clock_timestamp() + make_interval(secs => extract(epoch from excluded.expires_at - excluded.updated_at)::double precision)
+            where not v_creating or e.value is null or e.expires_at <= clock_timestamp()
+          returning e.bucket, e.key, e.revision, e.updated_at, e.value
+        ), logged as (
+          insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+          select w.revision, w.updated_at, w.bucket, w.key, w.value from written w
+        )
+        select i.n, w.revision from written w join input i on i.bucket = w.bucket and i.key = w.key
+      loop
+        revisions[v_row.n] := v_row.revision;
+      end loop;
+    end loop;
+
+    -- What must be there. Locked first, so that the expiry is looked at after a wait; where it is lost already, nothing is
+    -- locked. By their places on disk the planner cannot but look the locked rows up.
+    if v_updates then
+      select array_agg(l.ctid), array_agg((v_from + i.n - 1)::int) into v_tids, v_ns
+      from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.lengths[v_from:v_to], kv_write.expected[v_from:v_to])
+          with ordinality as i(bucket, key, length, expected, n),
+        lateral (
+          select e.ctid
+          from klieo.kv_entries e
+          where e.bucket = i.bucket and e.key = i.key and e.value is not null and (i.expected is null or e.revision = i.expected)
+          for no key update
+        ) l
+      where i.length is null or i.expected > 0;
+      for v_row in
+        with written as (
+          update klieo.kv_entries e
+          set tx = pg_current_xact_id(), revision = nextval('klieo.kv_revision'), updated_at = clock_timestamp(),
+            expires_at = clock_timestamp() + make_interval(secs => i.ttl_ms / 1000.0), value = substring(kv_write.payload from i.start for i.length)
+          from (
+            select l.tid, l.n, kv_write.starts[l.n] as start, kv_write.lengths[l.n] as length, kv_write.expected[l.n] as expected, kv_write.ttls_ms[l.n] as ttl_ms
+            from unnest(v_tids, v_ns) as l(tid, n)
+          ) i
+          where e.ctid = i.tid
+            and e.value is not null
+            and (e.expires_at is null or e.expires_at > clock_timestamp() or (i.length is null and klieo.dedup_lives(e.bucket, e.value)))
+            and (i.expected is null or e.revision = i.expected)
+          returning i.n, e.bucket, e.key, e.revision, e.updated_at, e.value
+        ), logged as (
+          insert into klieo.kv_changes (revision, changed_at, bucket, key, value)
+          select w.revision, w.updated_at, w.bucket, w.key, w.value from written w
+        )
+        select w.n, w.revision from written w
+      loop
+        revisions[v_row.n] := v_row.revision;
+      end loop;
+    end if;
+
+    -- A statement of its own: it sees what was waited for.
+    if v_creates or v_updates then
+      for v_row in
+        select (v_from + i.n - 1)::int as n, g.revision
+        from unnest(kv_write.buckets[v_from:v_to], kv_write.keys[v_from:v_to], kv_write.expected[v_from:v_to], revisions[v_from:v_to])
+            with ordinality as i(bucket, key, expected, revision, n),
+          lateral (select g.revision from klieo.kv_get(i.bucket, i.key) g) g
+        where i.expected is not null and i.revision is null
+      loop
+        actuals[v_row.n] := v_row.revision;
+      end loop;
+    end if;
+    v_from := v_to + 1;
+  end loop;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.kv_write_soon(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[])
+ RETURNS record
+ LANGUAGE plpgsql
+ SET lock_timeout TO '20ms'
+AS $function$
+begin
+  select w.revisions, w.actuals into revisions, actuals
+  from klieo.kv_write(kv_write_soon.buckets, kv_write_soon.keys, kv_write_soon.payload, kv_write_soon.starts, kv_write_soon.lengths,
+    kv_write_soon.expected, kv_write_soon.ttls_ms, kv_write_soon.round_ends) w;
 end
 $function$;
 
@@ -2189,7 +2278,13 @@ comment on function klieo.kv_expire(max_entries integer) is 'Turns expired entri
 
 comment on function klieo.kv_get(bucket text, key text) is 'The entry of a key; no row while it is absent.';
 
+comment on function klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint) is 'The entries of keys, by their positions; no row while one is absent. Once the values before it come to max_bytes, an entry is answered without its value: ask for it again.';
+
 comment on function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint) is 'Writes a key, absent again after ttl_ms; answers the new revision.';
+
+comment on function klieo.kv_write(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[]) is 'Writes and deletes keys, in rounds that end where round_ends says (null: one round). Answers for each write its revision, or null if it lost and, where the key is there, its revision now. Checks nothing but what the tables check.';
+
+comment on function klieo.kv_write_soon(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[]) is 'The same, but fails with 55P03 and writes nothing where one of the keys is locked for more than an instant: nobody else waits along.';
 
 comment on function klieo.live_responders(subject text) is 'Whether any live process answers requests on the subject.';
 
