@@ -5,7 +5,7 @@
  *   --only a,b            these scenarios; see the names in bench/registry.ts
  *   --contenders a,b      those whose names contain one of these
  *   --runs N              default 3, quick 1
- *   --peers none|all      default all; they need bench/setup once
+ *   --peers none|all      default all, quick none; they need bench/setup once
  *   --soak [minutes]      only the soak, default 10 minutes
  *   --pin                 the results become those of docs/performance.md
  *
@@ -61,14 +61,15 @@ function readOptions() {
       only: { type: 'string' },
       contenders: { type: 'string' },
       runs: { type: 'string' },
-      peers: { type: 'string', default: 'all' },
+      peers: { type: 'string' },
       soak: { type: 'string' },
       pin: { type: 'boolean', default: false },
     },
   })
   const runs = Number(values.runs ?? (values.quick ? 1 : 3))
   if (!Number.isInteger(runs) || runs < 1) throw new Error('--runs must be a positive integer')
-  if (values.peers !== 'all' && values.peers !== 'none') throw new Error('--peers must be none or all')
+  const peers = values.peers ?? (values.quick ? 'none' : 'all')
+  if (peers !== 'all' && peers !== 'none') throw new Error('--peers must be none or all')
   const only = values.only?.split(',')
   for (const name of only ?? []) {
     if (!scenarios.some((scenario) => scenario.name === name)) {
@@ -80,7 +81,7 @@ function readOptions() {
     runs,
     only,
     contenders: values.contenders?.split(','),
-    peers: values.peers === 'all' && !values.quick,
+    peers: peers === 'all',
     soak: values.soak === undefined ? undefined : Number(values.soak),
     pin: values.pin,
   }
