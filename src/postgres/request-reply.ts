@@ -100,11 +100,12 @@ export class PostgresRequestReply implements RequestReply {
     let sending: Promise<unknown> = Promise.resolve()
     try {
       if (!signal?.aborted) {
+        // It has its ear before anything is sent, and looks when it is rung: a look right away would be one too early.
+        this.#pickUp()
         const sent = this.#send(id, subject, headers, bytes, clock.now() + timeoutMs)
         sending = sent.catch(() => {})
         sent.then((sent) => {
-          if (sent) this.#pickUp()
-          else reply.reject(new BusError('not_found', `request "${subject}": no live responder; start one, or check the subject`))
+          if (!sent) reply.reject(new BusError('not_found', `request "${subject}": no live responder; start one, or check the subject`))
         }, reply.reject)
       }
       const result = await reply.promise
@@ -192,7 +193,9 @@ export class PostgresRequestReply implements RequestReply {
     this.#ear = ear
     let failures = 0
     try {
-      while (this.#pending.size > 0 && !this.#context.isClosed()) {
+      for (;;) {
+        await ear.wait(failures === 0 ? jittered(pollIntervalMs) : reconnectDelayMs(failures))
+        if (this.#pending.size === 0 || this.#context.isClosed()) return
         try {
           const replies = await db.query<ReplyRow>(PICK_UP, [instance], 'request')
           failures = 0
@@ -202,9 +205,9 @@ export class PostgresRequestReply implements RequestReply {
             else pending?.reject(new BusError('handler_failed', new TextDecoder().decode(payload)))
             this.#pending.delete(request_id)
           }
-          if (this.#pending.size > 0) await ear.wait(jittered(pollIntervalMs))
+          if (this.#pending.size === 0) return
         } catch {
-          await ear.wait(reconnectDelayMs(++failures))
+          failures++
         }
       }
     } finally {
@@ -322,8 +325,10 @@ class PostgresResponder implements Responder {
     )
     const handled = this.#handle(row, controller.signal).finally(() => {
       cancelTimer()
+      // Only when all places were taken is there something that was not asked for.
+      const wasFull = this.#running.size >= this.#concurrency
       this.#running.delete(controller)
-      this.#ear.ring()
+      if (wasFull) this.#ear.ring()
     })
     this.#running.set(controller, handled)
     if (this.#context.isClosed()) controller.abort(closedError('the bus'))
