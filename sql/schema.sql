@@ -41,6 +41,16 @@ create table klieo.deliveries (
   constraint deliveries_pkey PRIMARY KEY (consumer_id, seq)
 ) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
 
+create table klieo.job_heads (
+  queue text collate "C" not null,
+  seq bigint not null generated always as identity,
+  priorities smallint[] not null,
+  heads timestamp with time zone[] not null,
+  looked_at timestamp with time zone not null,
+  look_ms double precision not null,
+  constraint job_heads_pkey PRIMARY KEY (queue, seq)
+) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
+
 create table klieo.jobs (
   id bigint not null default nextval('klieo.job_id'::regclass),
   enqueued_at timestamp with time zone not null default clock_timestamp(),
@@ -180,8 +190,8 @@ CREATE INDEX requests_open ON klieo.requests USING btree (deadline) WHERE (claim
 CREATE INDEX responders_instance ON klieo.responders USING btree (instance_id);
 
 create view klieo.consumer_stats as
- SELECT o.durable,
-    o.filter,
+ SELECT durable,
+    filter,
     ( SELECT count(*) AS count
            FROM klieo.messages m
           WHERE ((m.tx >= pg_snapshot_xmin(o.lo)) AND (NOT pg_visible_in_snapshot(m.tx, o.lo)) AND (NOT COALESCE((pg_visible_in_snapshot(m.tx, o.hi) AND (ROW(m.tx, m.seq) <= ROW(o.pos_tx, o.pos_seq))), false)) AND ((m.subject = o.filter) OR (m.subject ~ o.pattern)) AND (m.seq >= o.start_seq) AND (m.published_at >= o.start_time))) AS pending,
@@ -191,54 +201,54 @@ create view klieo.consumer_stats as
     ( SELECT count(*) AS count
            FROM klieo.deliveries d
           WHERE ((d.consumer_id = o.id) AND ((d.token IS NULL) OR (d.visible_at <= clock_timestamp())))) AS redelivering,
-    o.last_active_at
+    last_active_at
    FROM klieo.consumer_offsets o;
 
 create view klieo.job_details as
- SELECT j.id,
-    j.queue,
+ SELECT id,
+    queue,
         CASE
-            WHEN (j.died_at IS NOT NULL) THEN 'dead'::text
-            WHEN (j.visible_at <= clock_timestamp()) THEN 'ready'::text
-            WHEN (j.token IS NOT NULL) THEN 'running'::text
+            WHEN (died_at IS NOT NULL) THEN 'dead'::text
+            WHEN (visible_at <= clock_timestamp()) THEN 'ready'::text
+            WHEN (token IS NOT NULL) THEN 'running'::text
             ELSE 'scheduled'::text
         END AS state,
-    j.priority,
-    j.attempts,
-    j.max_attempts,
-    j.run_at,
+    priority,
+    attempts,
+    max_attempts,
+    run_at,
         CASE
-            WHEN ((j.token IS NOT NULL) AND (j.died_at IS NULL)) THEN j.visible_at
+            WHEN ((token IS NOT NULL) AND (died_at IS NULL)) THEN visible_at
             ELSE NULL::timestamp with time zone
         END AS leased_until,
-    j.worker_id,
-    j.dedup_key,
-    j.last_error,
-    j.enqueued_at,
-    j.died_at,
-    j.headers,
-    j.payload,
-    klieo.as_text(j.payload) AS payload_text
+    worker_id,
+    dedup_key,
+    last_error,
+    enqueued_at,
+    died_at,
+    headers,
+    payload,
+    klieo.as_text(payload) AS payload_text
    FROM klieo.jobs j;
 
 create view klieo.message_details as
- SELECT m.seq,
-    m.subject,
-    m.headers,
-    m.published_at,
-    m.payload,
-    klieo.as_text(m.payload) AS payload_text
+ SELECT seq,
+    subject,
+    headers,
+    published_at,
+    payload,
+    klieo.as_text(payload) AS payload_text
    FROM klieo.messages m;
 
 create view klieo.queue_stats as
- SELECT j.queue,
-    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS ready,
-    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NULL))) AS scheduled,
-    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NOT NULL))) AS running,
-    count(*) FILTER (WHERE (j.died_at IS NOT NULL)) AS dead,
-    min(j.visible_at) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS oldest_ready_at
+ SELECT queue,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS ready,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NULL))) AS scheduled,
+    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NOT NULL))) AS running,
+    count(*) FILTER (WHERE (died_at IS NOT NULL)) AS dead,
+    min(visible_at) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS oldest_ready_at
    FROM klieo.jobs j
-  GROUP BY j.queue;
+  GROUP BY queue;
 
 CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
@@ -272,8 +282,13 @@ CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait b
 AS $function$
 #variable_conflict use_column
 declare
-  v_mine bigint[] := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
+  v_mine bigint[];
 begin
+  if cardinality(ack_jobs.ids) = 1 and not ack_jobs.no_wait then
+    return query delete from klieo.jobs j where j.id = ack_jobs.ids[1] and j.token = ack_jobs.tokens[1] returning j.id;
+    return;
+  end if;
+  v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
   return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
 end
 $function$;
@@ -459,7 +474,7 @@ CREATE OR REPLACE FUNCTION klieo.claim_jobs(queue text, worker_id text, lease_tt
  RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
  LANGUAGE sql
 AS $function$
-  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes) t
+  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes, null) t
   where t.id is not null
 $function$;
 
@@ -961,6 +976,18 @@ AS $function$
   from unnest(string_to_array(filter, '.')) with ordinality as t(token, n)
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone)
+ RETURNS timestamp with time zone
+ LANGUAGE sql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+  -- What is being enqueued just now may become visible in another order. Nothing old does.
+  select case
+    when head_before.first < head_before.looked_at - interval '1 second' then head_before.first
+    else least(head_before.first, head_before.looked_at) - interval '100 milliseconds'
+  end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean DEFAULT false)
  RETURNS timestamp with time zone
  LANGUAGE plpgsql
@@ -1277,6 +1304,59 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.look_for_heads(queue text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_start timestamptz;
+  v_first timestamptz;
+  v_priorities smallint[] := '{}';
+  v_heads timestamptz[] := '{}';
+begin
+  for p in reverse 100..-100 loop
+    v_start := clock_timestamp();
+    select j.visible_at into v_first
+    from klieo.jobs j
+    where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
+    order by j.visible_at
+    limit 1;
+    if clock_timestamp() - v_start > interval '0.2 milliseconds' then
+      v_priorities := v_priorities || p::smallint;
+      v_heads := v_heads || klieo.head_before(v_first, v_now);
+    end if;
+  end loop;
+  -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
+  if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
+    insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+    values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.move_head(queue text, priority smallint, head timestamp with time zone)
+ RETURNS void
+ LANGUAGE plpgsql
+AS $function$
+#variable_conflict use_column
+begin
+  insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+  select h.queue, h.priorities,
+    array(select case when u.priority = move_head.priority then greatest(u.head, move_head.head) else u.head end
+      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n) order by u.n),
+    h.looked_at, h.look_ms
+  from klieo.job_heads h
+  where h.queue = move_head.queue
+  order by h.seq desc
+  limit 1;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
@@ -1337,10 +1417,9 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.next_job_in_ms(queue text)
- RETURNS double precision
+CREATE OR REPLACE FUNCTION klieo.next_job_at(queue text, horizon_ms bigint)
+ RETURNS timestamp with time zone
  LANGUAGE plpgsql
- STABLE
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1349,20 +1428,40 @@ AS $function$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
-  v_priority int := 101;
+  v_end timestamptz := v_now + make_interval(secs => next_job_at.horizon_ms / 1000.0);
+  v_priority smallint := 101;
+  v_heads klieo.job_heads;
+  v_floor smallint;
+  v_head timestamptz;
+  v_there smallint;
   v_next timestamptz;
   v_least timestamptz;
 begin
+  select h.* into v_heads from klieo.job_heads h where h.queue = next_job_at.queue order by h.seq desc limit 1;
   loop
-    select j.priority into v_priority
+    v_floor := null;
+    v_head := '-infinity';
+    if v_heads.priorities <> '{}' then
+      select u.priority, u.head into v_floor, v_head
+      from unnest(v_heads.priorities, v_heads.heads) as u(priority, head)
+      where u.priority < v_priority
+      order by u.priority desc
+      limit 1;
+    end if;
+    select j.priority into v_there
     from klieo.jobs j
-    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority < v_priority
+    where j.queue = next_job_at.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
     order by j.priority desc
     limit 1;
-    exit when not found;
+    if v_there is not null then
+      v_head := '-infinity';
+    end if;
+    v_priority := coalesce(v_there, v_floor);
+    exit when v_priority is null;
     select j.visible_at into v_next
     from klieo.jobs j
-    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority
+    where j.queue = next_job_at.queue and j.died_at is null and j.priority = v_priority
+      and j.visible_at >= v_head and j.visible_at <= v_end
     order by j.visible_at
     limit 1;
     if v_next <= v_now then
@@ -1370,13 +1469,14 @@ begin
       v_least := least(v_least, v_now + interval '50 milliseconds');
       select j.visible_at into v_next
       from klieo.jobs j
-      where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+      where j.queue = next_job_at.queue and j.died_at is null and j.priority = v_priority
+        and j.visible_at > v_now and j.visible_at <= v_end
       order by j.visible_at
       limit 1;
     end if;
     v_least := least(v_least, v_next);
   end loop;
-  return extract(epoch from v_least - v_now) * 1000;
+  return v_least;
 end
 $function$;
 
@@ -1505,6 +1605,9 @@ begin
     for update skip locked));
   get diagnostics v_count = row_count;
   v_most := greatest(v_most, v_count);
+  delete from klieo.job_heads h
+  where exists (select from klieo.job_heads n where n.queue = h.queue and n.seq > h.seq)
+    or h.looked_at < clock_timestamp() - interval '1 day';
   delete from klieo.requests r where r.deadline < clock_timestamp() - interval '1 second';
   delete from klieo.replies r where r.expires_at < clock_timestamp() - interval '1 second';
   -- Responders whose process died: the lock that would show it alive can be had.
@@ -1722,7 +1825,7 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[])
+CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[] DEFAULT NULL::boolean[])
  RETURNS SETOF bigint
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
@@ -1733,10 +1836,11 @@ AS $function$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
+  v_uncounted bigint[] := array(select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted);
 begin
   return query
     update klieo.jobs j
-    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp(), attempts = j.attempts - (j.id = any(v_uncounted))::int
     where j.id = any(v_mine)
     returning j.id;
 end
@@ -1839,7 +1943,7 @@ begin
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint DEFAULT 16777216)
+CREATE OR REPLACE FUNCTION klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint, horizon_ms bigint)
  RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
@@ -1851,74 +1955,128 @@ AS $function$
 declare
   v_now timestamptz := clock_timestamp();
   v_ttl interval := make_interval(secs => take_jobs.lease_ttl_ms / 1000.0);
-  v_priority int := 101;
+  v_priority smallint := 101;
   v_room int := take_jobs.max_jobs;
   v_bytes bigint := take_jobs.max_bytes;
+  v_heads klieo.job_heads;
+  v_floor smallint;
+  v_head timestamptz := '-infinity';
+  v_started timestamptz;
+  v_took interval;
+  v_count int;
+  v_size bigint;
+  v_first timestamptz;
+  v_ids bigint[];
+  v_sizes bigint[];
   v_ended bigint[];
   v_buried boolean := false;
+  v_slow boolean := false;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
-  <<queue>>
+  select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
+  if v_heads.priorities <> '{}' and v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02)
+    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+    perform klieo.look_for_heads(take_jobs.queue);
+    select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
+  end if;
   loop
-    select j.priority into v_priority
-    from klieo.jobs j
-    where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority
-    order by j.priority desc
-    limit 1;
-    exit when not found;
-    loop
-      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
-      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
-        with due as materialized (
-          select j.id, j.visible_at, octet_length(j.payload) as size
-          from klieo.jobs j
-          where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          order by j.visible_at, j.id
-          limit v_room
-          for no key update skip locked
-        ), fitting as (
-          select s.id, s.visible_at
-          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
-          where s.before < v_bytes
-        ), claimed as (
-          update klieo.jobs j
-          set attempts = j.attempts + 1,
-            fence = j.fence + 1,
-            token = gen_random_uuid(),
-            worker_id = take_jobs.worker_id,
-            visible_at = clock_timestamp() + v_ttl
-          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
-          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
-        )
-        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
-        from claimed c
-        join fitting f on f.id = c.id
-        order by f.visible_at, f.id
-      loop
-        v_room := v_room - 1;
-        v_bytes := v_bytes - octet_length(payload);
-        return next;
-      end loop;
-      exit queue when v_room = 0 or v_bytes <= 0;
-      with ended as materialized (
-        select j.id
+    -- The next priority below the last: one that is there, or one with a head, where looking for what is there would visit the dead.
+    if v_heads.priorities <> '{}' then
+      select u.priority, u.head into v_floor, v_head
+      from unnest(v_heads.priorities, v_heads.heads) as u(priority, head)
+      where u.priority < v_priority
+      order by u.priority desc
+      limit 1;
+    end if;
+    v_started := clock_timestamp();
+    -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
+    with there as materialized (
+      select coalesce(t.priority, v_floor) as priority, case when t.priority is null then v_head else '-infinity' end as head
+      from (select (
+        select j.priority
         from klieo.jobs j
-        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          and j.attempts >= j.max_attempts
-        order by j.visible_at, j.id
-        limit 100
-        for no key update skip locked
-      )
-      select array_agg(ended.id) into v_ended from ended;
-      exit when v_ended is null;
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
+        order by j.priority desc
+        limit 1)) as t(priority)
+    ), due as materialized (
+      select j.id, j.visible_at, j.attempts >= j.max_attempts as ended, octet_length(j.payload) as size
+      from klieo.jobs j
+      where j.queue = take_jobs.queue and j.died_at is null and j.priority = (select t.priority from there t)
+        and j.visible_at <= v_now and j.visible_at >= (select t.head from there t)
+      order by j.visible_at, j.id
+      limit v_room
+      for no key update skip locked
+    )
+    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0), min(d.visible_at),
+      array_agg(d.id) filter (where not d.ended), array_agg(d.size) filter (where not d.ended), array_agg(d.id) filter (where d.ended)
+    into v_priority, v_count, v_size, v_first, v_ids, v_sizes, v_ended
+    from due d;
+    v_took := clock_timestamp() - v_started;
+    if v_priority = v_floor then
+      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' and klieo.head_before(v_first, v_now) > v_head then
+        perform klieo.move_head(take_jobs.queue, v_priority, klieo.head_before(v_first, v_now));
+      end if;
+    elsif v_took > interval '2 milliseconds' + v_count * interval '20 microseconds' then
+      v_slow := true;
+    end if;
+    exit when v_priority is null;
+    if v_ids is not null then
+      if v_size > v_bytes then
+        -- At least one, and no more than fit.
+        v_ids := array(
+          select s.id
+          from (select u.*, sum(u.size) over (order by u.n) - u.size as before from unnest(v_ids, v_sizes) with ordinality as u(id, size, n)) s
+          where s.before < v_bytes
+          order by s.n);
+      end if;
+      v_room := v_room - cardinality(v_ids);
+      v_bytes := v_bytes - v_size;
+      if cardinality(v_ids) = 1 then
+        return query
+          update klieo.jobs j
+          set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+          where j.id = v_ids[1]
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at;
+      else
+        return query
+          with claimed as (
+            update klieo.jobs j
+            set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+            where j.id = any(v_ids)
+            returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
+          )
+          select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
+          from claimed c
+          join unnest(v_ids) with ordinality as o(id, n) on o.id = c.id
+          order by o.n;
+      end if;
+    end if;
+    if v_ended is not null then
       perform klieo.bury_jobs(v_ended, null);
       v_buried := true;
-    end loop;
+      -- They took the places of others.
+      if v_room > 0 and v_bytes > 0 then
+        v_priority := v_priority + 1;
+      end if;
+    end if;
+    exit when v_room = 0 or v_bytes <= 0;
+    v_floor := null;
+    v_head := '-infinity';
   end loop;
-  if v_buried then
-    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
+  if v_slow and (v_heads.looked_at is null or v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02))
+    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+    perform klieo.look_for_heads(take_jobs.queue);
+  end if;
+  if v_buried or (v_room = take_jobs.max_jobs and take_jobs.horizon_ms is not null) then
+    id := null;
+    fence := v_buried::int;
+    expires_at := null;
+    if v_room = take_jobs.max_jobs then
+      expires_at := klieo.next_job_at(take_jobs.queue, take_jobs.horizon_ms);
+    end if;
+    max_attempts := ceil(extract(epoch from expires_at - clock_timestamp()) * 1000);
     return next;
   end if;
 end
@@ -2035,6 +2193,18 @@ comment on column klieo.job_details.run_at is 'When it became or becomes due.';
 comment on column klieo.job_details.state is 'ready, scheduled, running or dead.';
 
 comment on column klieo.job_details.worker_id is 'Who claimed it last.';
+
+comment on column klieo.job_heads.heads is 'For each, the visible_at at which its jobs begin.';
+
+comment on column klieo.job_heads.look_ms is 'How long that took: the next look comes after twenty times as long.';
+
+comment on column klieo.job_heads.looked_at is 'When the queue was last looked through from the beginning.';
+
+comment on column klieo.job_heads.priorities is 'The priorities that have a head.';
+
+comment on column klieo.job_heads.queue is 'The queue.';
+
+comment on column klieo.job_heads.seq is 'The largest counts.';
 
 comment on column klieo.jobs.attempts is 'Claims so far.';
 
@@ -2194,6 +2364,8 @@ comment on table klieo.consumer_offsets is 'The durables, one row each: what has
 
 comment on table klieo.deliveries is 'Messages that are handed out and not settled, or wait to be handed out again.';
 
+comment on table klieo.job_heads is 'Where claims begin while dead rows that an old snapshot pins lie before the jobs of a queue. Hints: the last row of a queue counts, and none at all is right, too.';
+
 comment on table klieo.jobs is 'Jobs that are not done: an acknowledged job is deleted, a dead one stays to be inspected and retried.';
 
 comment on table klieo.kv_changes is 'Every change of every key for ten minutes: what watches read.';
@@ -2268,6 +2440,8 @@ comment on function klieo.fetch_messages(consumer integer, max_messages integer,
 
 comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
 
+comment on function klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone) is 'The head to note after the first job was found there; null: none was.';
+
 comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
 
 comment on function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint) is 'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
@@ -2288,11 +2462,15 @@ comment on function klieo.kv_write_soon(buckets text[], keys text[], payload byt
 
 comment on function klieo.live_responders(subject text) is 'Whether any live process answers requests on the subject.';
 
+comment on function klieo.look_for_heads(queue text) is 'Looks through the whole queue and notes the priorities at whose head dead rows lie, and where their jobs begin.';
+
+comment on function klieo.move_head(queue text, priority smallint, head timestamp with time zone) is 'Notes that the jobs of a priority begin later.';
+
 comment on function klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
 
 comment on function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean) is 'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
 
-comment on function klieo.next_job_in_ms(queue text) is 'When the next delayed or running job of the queue becomes claimable; null: there is none.';
+comment on function klieo.next_job_at(queue text, horizon_ms bigint) is 'When the next delayed or running job of the queue becomes claimable, within horizon_ms; null: there is none.';
 
 comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
 
@@ -2300,7 +2478,7 @@ comment on function klieo.prune_kv(max_rows integer) is 'Removes changes older t
 
 comment on function klieo.prune_messages(retention_ms bigint, max_messages integer) is 'Removes messages older than retention_ms that every durable is past and none has in flight; answers how many.';
 
-comment on function klieo.prune_rest(dead_jobs_ms bigint, max_rows integer) is 'Removes old dead jobs, message ids, requests and replies; answers how many, of the largest kind.';
+comment on function klieo.prune_rest(dead_jobs_ms bigint, max_rows integer) is 'Removes old dead jobs, message ids, heads, requests and replies; answers how many, of the largest kind.';
 
 comment on function klieo.publish(subject text, payload bytea, headers jsonb, msg_id text) is 'Publishes a message in this transaction and answers its seq. A second one with the same msg_id within two minutes stores nothing and answers the first one''s.';
 
@@ -2314,7 +2492,7 @@ comment on function klieo.rebase() is 'Makes the log of a restored database deli
 
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
-comment on function klieo.release_jobs(ids bigint[], tokens uuid[]) is 'Makes claimed jobs claimable again at once; the attempt counts.';
+comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once. The attempt counts, but for those whose handling never began (counted is false).';
 
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 
@@ -2324,6 +2502,6 @@ comment on function klieo.settle_deliveries(consumers integer[], seqs bigint[], 
 
 comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 
-comment on function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'claim_jobs, with a last row without an id when dead letters were published on the way.';
+comment on function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint, horizon_ms bigint) is 'claim_jobs, and perhaps a last row without an id: fence is 1 when dead letters were published on the way; max_attempts is, when there was nothing to claim, the time in ms to the next job within horizon_ms.';
 
 comment on function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) is 'Whether hi sees any message that lo does not.';

@@ -226,6 +226,23 @@ comment on column klieo.jobs.last_error is 'What its last handler said, or why i
 comment on column klieo.jobs.headers is 'Names and values, all strings.';
 comment on column klieo.jobs.payload is 'The bytes, at most 8 MiB.';
 
+create table klieo.job_heads (
+  queue text collate "C" not null,
+  seq bigint generated always as identity,
+  priorities smallint[] not null,
+  heads timestamptz[] not null,
+  looked_at timestamptz not null,
+  look_ms double precision not null,
+  primary key (queue, seq)
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, vacuum_truncate = false);
+comment on table klieo.job_heads is 'Where claims begin while dead rows that an old snapshot pins lie before the jobs of a queue. Hints: the last row of a queue counts, and none at all is right, too.';
+comment on column klieo.job_heads.queue is 'The queue.';
+comment on column klieo.job_heads.seq is 'The largest counts.';
+comment on column klieo.job_heads.priorities is 'The priorities that have a head.';
+comment on column klieo.job_heads.heads is 'For each, the visible_at at which its jobs begin.';
+comment on column klieo.job_heads.looked_at is 'When the queue was last looked through from the beginning.';
+comment on column klieo.job_heads.look_ms is 'How long that took: the next look comes after twenty times as long.';
+
 -- ---------------------------------------------------------------- request / reply
 -- Unlogged: no disk write waits on a request, and a server crash empties the tables, as the contract allows.
 

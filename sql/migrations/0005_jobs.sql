@@ -162,9 +162,74 @@ $$;
 comment on function klieo.bury_jobs(bigint[], text) is
   'Makes jobs, which the caller has locked, dead and publishes their dead letters on <queue>.dlq; a null reason: their attempts are used up.';
 
+-- Where the claimable jobs of a queue begin. Dead row versions that an old snapshot pins gather at the head of a priority, and a
+-- scan that begins there visits each of them. So a claim that was slow notes where it found the first job, and later claims begin
+-- there (docs/adr/0007-heads.md). Below a head a job may still turn up: its transaction committed late, or its claim was rolled
+-- back. So the claims look from the very beginning again, as often as that takes a twentieth of the time.
+create function klieo.look_for_heads(queue text) returns void
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_start timestamptz;
+  v_first timestamptz;
+  v_priorities smallint[] := '{}';
+  v_heads timestamptz[] := '{}';
+begin
+  for p in reverse 100..-100 loop
+    v_start := clock_timestamp();
+    select j.visible_at into v_first
+    from klieo.jobs j
+    where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
+    order by j.visible_at
+    limit 1;
+    if clock_timestamp() - v_start > interval '0.2 milliseconds' then
+      v_priorities := v_priorities || p::smallint;
+      v_heads := v_heads || klieo.head_before(v_first, v_now);
+    end if;
+  end loop;
+  -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
+  if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
+    insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+    values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+  end if;
+end
+$$;
+comment on function klieo.look_for_heads(text) is 'Looks through the whole queue and notes the priorities at whose head dead rows lie, and where their jobs begin.';
+
+create function klieo.head_before(first timestamptz, looked_at timestamptz) returns timestamptz
+language sql immutable parallel safe as $$
+  -- What is being enqueued just now may become visible in another order. Nothing old does.
+  select case
+    when head_before.first < head_before.looked_at - interval '1 second' then head_before.first
+    else least(head_before.first, head_before.looked_at) - interval '100 milliseconds'
+  end
+$$;
+comment on function klieo.head_before(timestamptz, timestamptz) is 'The head to note after the first job was found there; null: none was.';
+
+create function klieo.move_head(queue text, priority smallint, head timestamptz) returns void
+language plpgsql as $$
+#variable_conflict use_column
+begin
+  insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+  select h.queue, h.priorities,
+    array(select case when u.priority = move_head.priority then greatest(u.head, move_head.head) else u.head end
+      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n) order by u.n),
+    h.looked_at, h.look_ms
+  from klieo.job_heads h
+  where h.queue = move_head.queue
+  order by h.seq desc
+  limit 1;
+end
+$$;
+comment on function klieo.move_head(text, smallint, timestamptz) is 'Notes that the jobs of a priority begin later.';
+
 -- Claims the best claimable jobs. Priorities are walked from the top, one index range each, so that neither delayed nor
 -- running jobs of a higher priority stand in the way. A job whose last lease ran out is buried when it is met.
-create function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
+create function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint, horizon_ms bigint)
 returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
 language plpgsql
 set enable_seqscan = off
@@ -175,92 +240,146 @@ set jit = off as $$
 declare
   v_now timestamptz := clock_timestamp();
   v_ttl interval := make_interval(secs => take_jobs.lease_ttl_ms / 1000.0);
-  v_priority int := 101;
+  v_priority smallint := 101;
   v_room int := take_jobs.max_jobs;
   v_bytes bigint := take_jobs.max_bytes;
+  v_heads klieo.job_heads;
+  v_floor smallint;
+  v_head timestamptz := '-infinity';
+  v_started timestamptz;
+  v_took interval;
+  v_count int;
+  v_size bigint;
+  v_first timestamptz;
+  v_ids bigint[];
+  v_sizes bigint[];
   v_ended bigint[];
   v_buried boolean := false;
+  v_slow boolean := false;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
-  <<queue>>
+  select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
+  if v_heads.priorities <> '{}' and v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02)
+    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+    perform klieo.look_for_heads(take_jobs.queue);
+    select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
+  end if;
   loop
-    select j.priority into v_priority
-    from klieo.jobs j
-    where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority
-    order by j.priority desc
-    limit 1;
-    exit when not found;
-    loop
-      -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
-      for id, payload, headers, attempt, max_attempts, fence, token, expires_at in
-        with due as materialized (
-          select j.id, j.visible_at, octet_length(j.payload) as size
-          from klieo.jobs j
-          where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          order by j.visible_at, j.id
-          limit v_room
-          for no key update skip locked
-        ), fitting as (
-          select s.id, s.visible_at
-          from (select d.*, sum(d.size) over (order by d.visible_at, d.id rows unbounded preceding) - d.size as before from due d) s
-          where s.before < v_bytes
-        ), claimed as (
-          update klieo.jobs j
-          set attempts = j.attempts + 1,
-            fence = j.fence + 1,
-            token = gen_random_uuid(),
-            worker_id = take_jobs.worker_id,
-            visible_at = clock_timestamp() + v_ttl
-          where j.id = any (array(select f.id from fitting f)) and j.attempts < j.max_attempts
-          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
-        )
-        select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
-        from claimed c
-        join fitting f on f.id = c.id
-        order by f.visible_at, f.id
-      loop
-        v_room := v_room - 1;
-        v_bytes := v_bytes - octet_length(payload);
-        return next;
-      end loop;
-      exit queue when v_room = 0 or v_bytes <= 0;
-      with ended as materialized (
-        select j.id
+    -- The next priority below the last: one that is there, or one with a head, where looking for what is there would visit the dead.
+    if v_heads.priorities <> '{}' then
+      select u.priority, u.head into v_floor, v_head
+      from unnest(v_heads.priorities, v_heads.heads) as u(priority, head)
+      where u.priority < v_priority
+      order by u.priority desc
+      limit 1;
+    end if;
+    v_started := clock_timestamp();
+    -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
+    with there as materialized (
+      select coalesce(t.priority, v_floor) as priority, case when t.priority is null then v_head else '-infinity' end as head
+      from (select (
+        select j.priority
         from klieo.jobs j
-        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at <= v_now
-          and j.attempts >= j.max_attempts
-        order by j.visible_at, j.id
-        limit 100
-        for no key update skip locked
-      )
-      select array_agg(ended.id) into v_ended from ended;
-      exit when v_ended is null;
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
+        order by j.priority desc
+        limit 1)) as t(priority)
+    ), due as materialized (
+      select j.id, j.visible_at, j.attempts >= j.max_attempts as ended, octet_length(j.payload) as size
+      from klieo.jobs j
+      where j.queue = take_jobs.queue and j.died_at is null and j.priority = (select t.priority from there t)
+        and j.visible_at <= v_now and j.visible_at >= (select t.head from there t)
+      order by j.visible_at, j.id
+      limit v_room
+      for no key update skip locked
+    )
+    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0), min(d.visible_at),
+      array_agg(d.id) filter (where not d.ended), array_agg(d.size) filter (where not d.ended), array_agg(d.id) filter (where d.ended)
+    into v_priority, v_count, v_size, v_first, v_ids, v_sizes, v_ended
+    from due d;
+    v_took := clock_timestamp() - v_started;
+    if v_priority = v_floor then
+      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' and klieo.head_before(v_first, v_now) > v_head then
+        perform klieo.move_head(take_jobs.queue, v_priority, klieo.head_before(v_first, v_now));
+      end if;
+    elsif v_took > interval '2 milliseconds' + v_count * interval '20 microseconds' then
+      v_slow := true;
+    end if;
+    exit when v_priority is null;
+    if v_ids is not null then
+      if v_size > v_bytes then
+        -- At least one, and no more than fit.
+        v_ids := array(
+          select s.id
+          from (select u.*, sum(u.size) over (order by u.n) - u.size as before from unnest(v_ids, v_sizes) with ordinality as u(id, size, n)) s
+          where s.before < v_bytes
+          order by s.n);
+      end if;
+      v_room := v_room - cardinality(v_ids);
+      v_bytes := v_bytes - v_size;
+      if cardinality(v_ids) = 1 then
+        return query
+          update klieo.jobs j
+          set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+          where j.id = v_ids[1]
+          returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at;
+      else
+        return query
+          with claimed as (
+            update klieo.jobs j
+            set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+            where j.id = any(v_ids)
+            returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
+          )
+          select c.id, c.payload, c.headers, c.attempts, c.max_attempts, c.fence, c.token, c.visible_at
+          from claimed c
+          join unnest(v_ids) with ordinality as o(id, n) on o.id = c.id
+          order by o.n;
+      end if;
+    end if;
+    if v_ended is not null then
       perform klieo.bury_jobs(v_ended, null);
       v_buried := true;
-    end loop;
+      -- They took the places of others.
+      if v_room > 0 and v_bytes > 0 then
+        v_priority := v_priority + 1;
+      end if;
+    end if;
+    exit when v_room = 0 or v_bytes <= 0;
+    v_floor := null;
+    v_head := '-infinity';
   end loop;
-  if v_buried then
-    select null, null, null, null, null, null, null, null into id, payload, headers, attempt, max_attempts, fence, token, expires_at;
+  if v_slow and (v_heads.looked_at is null or v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02))
+    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+    perform klieo.look_for_heads(take_jobs.queue);
+  end if;
+  if v_buried or (v_room = take_jobs.max_jobs and take_jobs.horizon_ms is not null) then
+    id := null;
+    fence := v_buried::int;
+    expires_at := null;
+    if v_room = take_jobs.max_jobs then
+      expires_at := klieo.next_job_at(take_jobs.queue, take_jobs.horizon_ms);
+    end if;
+    max_attempts := ceil(extract(epoch from expires_at - clock_timestamp()) * 1000);
     return next;
   end if;
 end
 $$;
-comment on function klieo.take_jobs(text, text, bigint, int, bigint) is
-  'claim_jobs, with a last row without an id when dead letters were published on the way.';
+comment on function klieo.take_jobs(text, text, bigint, int, bigint, bigint) is
+  'claim_jobs, and perhaps a last row without an id: fence is 1 when dead letters were published on the way; max_attempts is, when there was nothing to claim, the time in ms to the next job within horizon_ms.';
 
 create function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
 returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
 language sql as $$
-  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes) t
+  select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes, null) t
   where t.id is not null
 $$;
 comment on function klieo.claim_jobs(text, text, bigint, int, bigint) is
   'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
-create function klieo.next_job_in_ms(queue text) returns double precision
-language plpgsql stable
+create function klieo.next_job_at(queue text, horizon_ms bigint) returns timestamptz
+language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -268,20 +387,40 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
-  v_priority int := 101;
+  v_end timestamptz := v_now + make_interval(secs => next_job_at.horizon_ms / 1000.0);
+  v_priority smallint := 101;
+  v_heads klieo.job_heads;
+  v_floor smallint;
+  v_head timestamptz;
+  v_there smallint;
   v_next timestamptz;
   v_least timestamptz;
 begin
+  select h.* into v_heads from klieo.job_heads h where h.queue = next_job_at.queue order by h.seq desc limit 1;
   loop
-    select j.priority into v_priority
+    v_floor := null;
+    v_head := '-infinity';
+    if v_heads.priorities <> '{}' then
+      select u.priority, u.head into v_floor, v_head
+      from unnest(v_heads.priorities, v_heads.heads) as u(priority, head)
+      where u.priority < v_priority
+      order by u.priority desc
+      limit 1;
+    end if;
+    select j.priority into v_there
     from klieo.jobs j
-    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority < v_priority
+    where j.queue = next_job_at.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
     order by j.priority desc
     limit 1;
-    exit when not found;
+    if v_there is not null then
+      v_head := '-infinity';
+    end if;
+    v_priority := coalesce(v_there, v_floor);
+    exit when v_priority is null;
     select j.visible_at into v_next
     from klieo.jobs j
-    where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority
+    where j.queue = next_job_at.queue and j.died_at is null and j.priority = v_priority
+      and j.visible_at >= v_head and j.visible_at <= v_end
     order by j.visible_at
     limit 1;
     if v_next <= v_now then
@@ -289,16 +428,18 @@ begin
       v_least := least(v_least, v_now + interval '50 milliseconds');
       select j.visible_at into v_next
       from klieo.jobs j
-      where j.queue = next_job_in_ms.queue and j.died_at is null and j.priority = v_priority and j.visible_at > v_now
+      where j.queue = next_job_at.queue and j.died_at is null and j.priority = v_priority
+        and j.visible_at > v_now and j.visible_at <= v_end
       order by j.visible_at
       limit 1;
     end if;
     v_least := least(v_least, v_next);
   end loop;
-  return extract(epoch from v_least - v_now) * 1000;
+  return v_least;
 end
 $$;
-comment on function klieo.next_job_in_ms(text) is 'When the next delayed or running job of the queue becomes claimable; null: there is none.';
+comment on function klieo.next_job_at(text, bigint) is
+  'When the next delayed or running job of the queue becomes claimable, within horizon_ms; null: there is none.';
 
 create function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) returns bigint[]
 language plpgsql
@@ -333,8 +474,13 @@ set enable_mergejoin = off
 set jit = off as $$
 #variable_conflict use_column
 declare
-  v_mine bigint[] := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
+  v_mine bigint[];
 begin
+  if cardinality(ack_jobs.ids) = 1 and not ack_jobs.no_wait then
+    return query delete from klieo.jobs j where j.id = ack_jobs.ids[1] and j.token = ack_jobs.tokens[1] returning j.id;
+    return;
+  end if;
+  v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
   return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
 end
 $$;
@@ -369,7 +515,7 @@ $$;
 comment on function klieo.nak_jobs(bigint[], uuid[], bigint[], text[], boolean) is
   'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
 
-create function klieo.release_jobs(ids bigint[], tokens uuid[]) returns setof bigint
+create function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[] default null) returns setof bigint
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -378,15 +524,17 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
+  v_uncounted bigint[] := array(select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted);
 begin
   return query
     update klieo.jobs j
-    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp(), attempts = j.attempts - (j.id = any(v_uncounted))::int
     where j.id = any(v_mine)
     returning j.id;
 end
 $$;
-comment on function klieo.release_jobs(bigint[], uuid[]) is 'Makes claimed jobs claimable again at once; the attempt counts.';
+comment on function klieo.release_jobs(bigint[], uuid[], boolean[]) is
+  'Makes claimed jobs claimable again at once. The attempt counts, but for those whose handling never began (counted is false).';
 
 create function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean default false) returns setof bigint
 language plpgsql

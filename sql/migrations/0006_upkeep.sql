@@ -113,6 +113,9 @@ begin
     for update skip locked));
   get diagnostics v_count = row_count;
   v_most := greatest(v_most, v_count);
+  delete from klieo.job_heads h
+  where exists (select from klieo.job_heads n where n.queue = h.queue and n.seq > h.seq)
+    or h.looked_at < clock_timestamp() - interval '1 day';
   delete from klieo.requests r where r.deadline < clock_timestamp() - interval '1 second';
   delete from klieo.replies r where r.expires_at < clock_timestamp() - interval '1 second';
   -- Responders whose process died: the lock that would show it alive can be had.
@@ -129,7 +132,7 @@ begin
   return v_most;
 end
 $$;
-comment on function klieo.prune_rest(bigint, int) is 'Removes old dead jobs, message ids, requests and replies; answers how many, of the largest kind.';
+comment on function klieo.prune_rest(bigint, int) is 'Removes old dead jobs, message ids, heads, requests and replies; answers how many, of the largest kind.';
 
 -- ---------------------------------------------------------------- presence, repair
 

@@ -6,18 +6,19 @@ export const ENQUEUE = `
   from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
     $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
 
-/** $1 queue, $2 worker, $3 lease in ms, $4 jobs. A last row without an id: dead letters were published on the way. */
+/**
+ * $1 queue, $2 worker, $3 lease in ms, $4 jobs, $5 bytes, $6 how far ahead to look for the next job, in ms.
+ * A last row without an id: `fence` 1 when dead letters were published on the way, `max_attempts` the ms to the next job.
+ */
 export const CLAIM = `
   select id::text as id, payload, headers, attempt, max_attempts, fence, token::text as token, extract(epoch from expires_at) * 1000 as expires_at_ms
-  from klieo.take_jobs($1, $2, $3, $4)`
+  from klieo.take_jobs($1, $2, $3, $4, $5, $6)`
 
 /** $1 id, $2 token */
 export const JOB_WHEREABOUTS = `
   select case when j.token is null then 'free' when j.token = $2::text::uuid then 'mine' else 'other' end as whereabouts
   from klieo.jobs j
   where j.id = $1::text::bigint`
-
-export const NEXT_JOB = `select klieo.next_job_in_ms($1) as due_in_ms`
 
 /** $1 ids, $2 tokens, $3 whether to pass over locked rows */
 export const ACK_JOBS = `
@@ -31,9 +32,9 @@ export const NAK_JOBS = `
 export const DEAD_LETTER_JOBS = `
   select id::text as id from klieo.dead_letter_jobs($1::text::bigint[], $2::text::uuid[], $3::text::text[], $4::text::boolean) as id`
 
-/** $1 ids, $2 tokens */
+/** $1 ids, $2 tokens, $3 whether each attempt counts */
 export const RELEASE_JOBS = `
-  select id::text as id from klieo.release_jobs($1::text::bigint[], $2::text::uuid[]) as id`
+  select id::text as id from klieo.release_jobs($1::text::bigint[], $2::text::uuid[], $3::text::boolean[]) as id`
 
 /** $1 id, $2 token, $3 lease in ms, $4 whether to pass over a locked row */
 export const HEARTBEAT_JOB = `

@@ -22,16 +22,18 @@ import {
 import { jittered } from '../runtime/backoff.ts'
 import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
-import { type Claim, type ClaimBackend, HeldJob } from '../runtime/claimed-job.ts'
+import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import type { Whereabouts } from '../runtime/settlement.ts'
 import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
-import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, NEXT_JOB, RELEASE_JOBS } from './jobs.sql.ts'
+import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, RELEASE_JOBS } from './jobs.sql.ts'
 import { MAX_STATEMENT_BYTES, tooMuch } from './pubsub.ts'
 
 const MAX_ENQUEUE_BATCH_BYTES = 4 * 1024 * 1024
+/** Of payload in one claim. */
+const MAX_CLAIM_BYTES = 16 * 1024 * 1024
 
 interface Enqueue {
   readonly queue: string
@@ -59,6 +61,17 @@ interface ClaimRow extends Record<string, unknown> {
   readonly expires_at_ms: string
 }
 
+interface Release {
+  readonly claim: PgClaim
+  readonly counted: boolean
+}
+
+interface Claimed {
+  readonly jobs: HeldJob<PgClaim, PostgresTx>[]
+  /** To the next job, when there was none. */
+  readonly dueInMs: number | null
+}
+
 interface Nak {
   readonly claim: PgClaim
   readonly delayMs: number
@@ -72,7 +85,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   readonly #enqueues: Batcher<Enqueue, JobId>
   readonly #acks: Batcher<PgClaim, boolean>
   readonly #naks: Batcher<Nak, boolean>
-  readonly #releases: Batcher<PgClaim, boolean>
+  readonly #releases: Batcher<Release, boolean>
 
   constructor(context: Context) {
     this.#context = context
@@ -82,7 +95,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     })
     this.#acks = new Batcher((claims) => this.#ack(claims))
     this.#naks = new Batcher((naks) => this.#nak(naks, false))
-    this.#releases = new Batcher((claims) => this.#settle(RELEASE_JOBS, claims, [], 'release'))
+    this.#releases = new Batcher((releases) => this.#release(releases))
   }
 
   async enqueue(queue: string, job: Job, options: TxOption<PostgresTx> = {}): Promise<JobId> {
@@ -124,21 +137,19 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
     checkSignal(signal)
     const { clock, bell, pollIntervalMs } = this.#context
+    if (waitMs === 0) return signal?.aborted ? [] : (await this.#take(queue, workerId, leaseTtlMs, limit, null)).jobs
+    let dueInMs: number | null = null
     const found = await longPoll({
       clock,
       waitMs,
       signal,
       ear: bell.listen({ kind: 'queue', name: queue }),
       attempt: async () => {
-        const claim = this.#claim(queue, workerId, leaseTtlMs, limit)
-        this.#claims.add(claim)
-        const jobs = await claim.finally(() => this.#claims.delete(claim))
-        return jobs.length > 0 ? jobs : undefined
+        const claimed = await this.#take(queue, workerId, leaseTtlMs, limit, pollIntervalMs)
+        dueInMs = claimed.dueInMs
+        return claimed.jobs.length > 0 ? claimed.jobs : undefined
       },
-      pauseMs: async () => {
-        const [row] = await this.#context.db.query<{ due_in_ms: number | null }>(NEXT_JOB, [queue], 'claim')
-        return Math.min(jittered(pollIntervalMs), row?.due_in_ms ?? pollIntervalMs)
-      },
+      pauseMs: async () => Math.min(jittered(pollIntervalMs), dueInMs ?? pollIntervalMs),
     })
     return found ?? []
   }
@@ -149,52 +160,62 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     await Promise.all([...this.#held].map((job) => job.handBack()))
   }
 
-  async #claim(queue: string, workerId: string, ttlMs: number, limit: number): Promise<HeldJob<PgClaim, PostgresTx>[]> {
+  /** The bus waits for it when it closes, and hands back what it brings. */
+  async #take(queue: string, workerId: string, ttlMs: number, limit: number, horizonMs: number | null): Promise<Claimed> {
+    const claim = this.#claim(queue, workerId, ttlMs, limit, horizonMs)
+    this.#claims.add(claim)
+    try {
+      return await claim
+    } finally {
+      this.#claims.delete(claim)
+    }
+  }
+
+  async #claim(queue: string, workerId: string, ttlMs: number, limit: number, horizonMs: number | null): Promise<Claimed> {
     const { clock, db } = this.#context
     this.#context.checkOpen()
     const askedAt = clock.now()
-    const rows = await db.query<ClaimRow>(CLAIM, [queue, workerId, ttlMs, limit], 'claim')
-    // The last row without an id: dead letters were published on the way.
+    const rows = await db.query<ClaimRow>(CLAIM, [queue, workerId, ttlMs, limit, MAX_CLAIM_BYTES, horizonMs], 'claim')
+    let dueInMs: number | null = null
     if (rows.at(-1)?.id === null) {
-      rows.pop()
-      this.#context.ringer.ring([deadLetterTopic(queue)])
+      const word = rows.pop()
+      if (word?.fence === 1) this.#context.ringer.ring([deadLetterTopic(queue)])
+      dueInMs = word?.max_attempts ?? null
     }
-    const jobs = rows.map(
-      (row) =>
-        new HeldJob<PgClaim, PostgresTx>(
-          {
-            id: row.id as string,
-            queue,
-            token: row.token,
-            payload: row.payload,
-            headers: row.headers,
-            attempt: row.attempt,
-            maxAttempts: row.max_attempts,
-            fence: row.fence,
-            expiresAt: new Date(Number(row.expires_at_ms)),
-          },
-          {
-            clock,
-            backend: this.#backend,
-            ttlMs,
-            askedAt,
-            checkTx,
-            isClosed: this.#context.isClosed,
-            onEnd: (job) => this.#held.delete(job),
-          },
-        ),
-    )
-    for (const job of jobs) this.#held.add(job)
-    return jobs
+    const context: ClaimContext<PgClaim, PostgresTx> = {
+      clock,
+      backend: this.#backend,
+      ttlMs,
+      askedAt,
+      checkTx,
+      isClosed: this.#context.isClosed,
+      onEnd: this.#onEnd,
+    }
+    const jobs = rows.map((row) => {
+      const job = new HeldJob<PgClaim, PostgresTx>(
+        {
+          id: row.id as string,
+          queue,
+          token: row.token,
+          payload: row.payload,
+          headers: row.headers,
+          attempt: row.attempt,
+          maxAttempts: row.max_attempts,
+          fence: row.fence,
+          expiresAt: new Date(Number(row.expires_at_ms)),
+        },
+        context,
+      )
+      this.#held.add(job)
+      return job
+    })
+    return { jobs, dueInMs }
   }
 
+  readonly #onEnd = (job: HeldJob<PgClaim, PostgresTx>) => void this.#held.delete(job)
+
   readonly #backend: ClaimBackend<PgClaim, PostgresTx> = {
-    ack: async (claim, tx, noWait) => {
-      if (tx !== undefined) {
-        return (await this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')).length > 0
-      }
-      return noWait ? (await this.#settle(ACK_JOBS, [claim], ['true'], 'ack'))[0] === true : this.#acks.add(claim)
-    },
+    ack: (claim, tx, noWait) => (tx === undefined && !noWait ? this.#acks.add(claim) : this.#ackApart(claim, tx, noWait)),
     nak: async (claim, delayMs, error, noWait) => {
       const nak = { claim, delayMs, error }
       const done = noWait ? (await this.#nak([nak], true))[0] === true : await this.#naks.add(nak)
@@ -220,8 +241,8 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       const [row] = await this.#context.db.query<{ whereabouts: Whereabouts }>(JOB_WHEREABOUTS, [claim.id, claim.token], 'settle')
       return row?.whereabouts ?? 'gone'
     },
-    release: async (claim) => {
-      await this.#releases.add(claim)
+    release: async (claim, counted) => {
+      await this.#releases.add({ claim, counted })
       this.#context.ringer.ring([queueTopic(claim.queue)])
     },
   }
@@ -239,6 +260,16 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     return rows.map(({ id }) => id)
   }
 
+  async #ackApart(claim: PgClaim, tx: PostgresTx | undefined, noWait: boolean): Promise<boolean> {
+    if (tx === undefined) return (await this.#settle(ACK_JOBS, [claim], [String(noWait)], 'ack'))[0] === true
+    return (await this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')).length > 0
+  }
+
+  #release(releases: readonly Release[]): Promise<boolean[]> {
+    const claims = releases.map(({ claim }) => claim)
+    return this.#settle(RELEASE_JOBS, claims, [pgArray(releases.map(({ counted }) => String(counted)))], 'release')
+  }
+
   #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
     return this.#settle(ACK_JOBS, claims, ['false'], 'ack')
   }
@@ -252,6 +283,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   /** @returns for each claim whether its token was still valid */
   async #settle(text: string, claims: readonly PgClaim[], more: readonly unknown[], doing: string): Promise<boolean[]> {
     const rows = await this.#context.db.query<{ id: string }>(text, [...keys(claims), ...more], doing)
+    if (rows.length === claims.length) return claims.map(() => true)
     const settled = new Set(rows.map(({ id }) => id))
     return claims.map(({ id }) => settled.has(id))
   }
