@@ -7,7 +7,7 @@
  *   --runs N              default 3, quick 1
  *   --peers none|all      default all, quick none; they need bench/setup once
  *   --soak [minutes]      only the soak, default 10 minutes
- *   --pin                 the results become those of docs/performance.md
+ *   --pin                 the results become those of docs/performance.md; pin a soak before the rest
  *
  * With DATABASE_URL it runs on that server, in databases that it makes and drops; otherwise on an embedded one of its own.
  */
@@ -169,7 +169,9 @@ async function compareAll(postgres: PostgresServer): Promise<void> {
     for (const [name, svg] of drawn) await writeFile(join(DOCS, 'performance', `${name}.svg`), svg)
     await writeFile(join(DOCS, 'performance', 'results.json'), json({ ...results, verdicts }))
     const paths = new Map([...drawn.keys()].map((name) => [name, `performance/${name}.svg`]))
-    const generated = markdownReport(results, verdicts, { titles, betterAt: peerModule?.betterAt ?? {}, plots: paths })
+    const soaked = await readFile(join(DOCS, 'performance', 'soak.json'), 'utf8').catch(() => undefined)
+    const soak = soaked === undefined ? undefined : (JSON.parse(soaked) as { text: string }).text
+    const generated = markdownReport(results, verdicts, { titles, betterAt: peerModule?.betterAt ?? {}, plots: paths, soak })
     const document = join(DOCS, 'performance.md')
     await writeFile(document, withGenerated(await readFile(document, 'utf8'), generated))
   }

@@ -28,9 +28,11 @@ export interface Extras {
   readonly betterAt: Readonly<Record<string, string>>
   /** Paths from the document by the plot's name. */
   readonly plots: ReadonlyMap<string, string>
+  /** What the pinned soak said, if there is one. */
+  readonly soak?: string | undefined
 }
 
-export function markdownReport(results: Results, verdicts: readonly Verdict[], { titles, betterAt, plots }: Extras): string {
+export function markdownReport(results: Results, verdicts: readonly Verdict[], { titles, betterAt, plots, soak }: Extras): string {
   const parts = [`## The run of ${results.date.slice(0, 10)}`, '', heading(results).replaceAll('\n', '  \n'), '']
   parts.push('### Targets', '', 'Ratios are medians over runs that were next to each other; in brackets the least and the most.', '')
   parts.push(markdown([VERDICT_HEADER, ...verdictRows(verdicts)]), '')
@@ -39,6 +41,7 @@ export function markdownReport(results: Results, verdicts: readonly Verdict[], {
     const title = titles.get(scenario) ?? scenario
     parts.push(`### ${title.charAt(0).toUpperCase()}${title.slice(1)}`, '', markdown([RATE_HEADER, ...tableRows(rows)]), '')
   }
+  if (soak !== undefined) parts.push('### Soak', '', soak.trim(), '', '![soak](performance/soak.svg)', '')
   parts.push('### Settings', '')
   for (const [name, settings] of Object.entries(results.serverSettings)) parts.push(`- **${name}**: ${settings}`)
   for (const [name, { version, settings }] of Object.entries(results.contenders)) parts.push(`- **${name}** ${version}: ${settings}`)
