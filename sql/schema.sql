@@ -257,6 +257,7 @@ CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -279,17 +280,18 @@ CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait b
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
   v_mine bigint[];
 begin
-  if cardinality(ack_jobs.ids) = 1 and not ack_jobs.no_wait then
-    return query delete from klieo.jobs j where j.id = ack_jobs.ids[1] and j.token = ack_jobs.tokens[1] returning j.id;
-    return;
+  if ack_jobs.no_wait then
+    v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, true);
+    return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
+  else
+    return query delete from klieo.jobs j where j.id = any(ack_jobs.ids) and j.token = any(ack_jobs.tokens) returning j.id;
   end if;
-  v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
-  return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
 end
 $function$;
 
@@ -313,6 +315,7 @@ CREATE OR REPLACE FUNCTION klieo.bury_deliveries(consumer integer, max_messages 
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -352,6 +355,7 @@ CREATE OR REPLACE FUNCTION klieo.bury_jobs(ids bigint[], reason text)
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -530,6 +534,7 @@ CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], r
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -587,28 +592,36 @@ CREATE OR REPLACE FUNCTION klieo.enqueue_many(queues text[], payloads bytea, sta
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
+  v_now timestamptz := clock_timestamp();
+  v_due timestamptz := coalesce(enqueue_many.run_ats[1], v_now + enqueue_many.delays_ms[1] * interval '1 millisecond');
   v_ids bigint[];
   v_new bigint[];
   v_found bigint[];
   v_missing boolean;
 begin
-  if enqueue_many.dedup_keys is null then
+  if enqueue_many.dedup_keys is null and cardinality(enqueue_many.starts) = 1 then
+    insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+    values (enqueue_many.queues[1], coalesce(v_due, v_now), coalesce(v_due, v_now), coalesce(enqueue_many.max_attempts[1], 5),
+      coalesce(enqueue_many.priorities[1], 0), coalesce(enqueue_many.headers[1]::jsonb, '{}'), enqueue_many.payloads)
+    returning j.id into id;
+    added := true;
+    return next;
+    return;
+  elsif enqueue_many.dedup_keys is null then
     return query
-      with stored as (
-        insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
-        select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
-          substring(enqueue_many.payloads from i.start for i.length)
-        from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
-            enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
-            with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
-          lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
-        order by i.n
-        returning j.id
-      )
-      select stored.id, true from stored order by stored.id;
+      insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+      select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
+        substring(enqueue_many.payloads from i.start for i.length)
+      from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+          enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
+          with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
+        lateral (select coalesce(i.run_at, v_now + coalesce(i.delay_ms, 0) * interval '1 millisecond')) as due(at)
+      order by i.n
+      returning j.id, true;
     return;
   end if;
 
@@ -670,6 +683,7 @@ CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], seqs big
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -728,6 +742,7 @@ CREATE OR REPLACE FUNCTION klieo.extend_waiting(consumers integer[], seqs bigint
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -753,6 +768,7 @@ CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages i
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -995,6 +1011,7 @@ CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1310,6 +1327,7 @@ CREATE OR REPLACE FUNCTION klieo.look_for_heads(queue text)
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1364,6 +1382,7 @@ CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], seqs bigint
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1395,6 +1414,7 @@ CREATE OR REPLACE FUNCTION klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1424,6 +1444,7 @@ CREATE OR REPLACE FUNCTION klieo.next_job_at(queue text, horizon_ms bigint)
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1651,6 +1672,7 @@ CREATE OR REPLACE FUNCTION klieo.publish_many(subjects text[], payloads bytea, s
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1717,6 +1739,7 @@ CREATE OR REPLACE FUNCTION klieo.reap_deliveries(max_messages integer)
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 begin
@@ -1747,6 +1770,7 @@ CREATE OR REPLACE FUNCTION klieo.reap_jobs(max_jobs integer)
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1809,6 +1833,7 @@ CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], seqs bi
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1832,6 +1857,7 @@ CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[], count
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1884,6 +1910,7 @@ CREATE OR REPLACE FUNCTION klieo.settle_deliveries(consumers integer[], seqs big
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 begin
@@ -1925,6 +1952,7 @@ CREATE OR REPLACE FUNCTION klieo.settle_jobs(ids bigint[], tokens uuid[], no_wai
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 begin
@@ -1950,6 +1978,7 @@ CREATE OR REPLACE FUNCTION klieo.take_jobs(queue text, worker_id text, lease_ttl
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1969,6 +1998,7 @@ declare
   v_ids bigint[];
   v_sizes bigint[];
   v_ended bigint[];
+  v_token text;
   v_buried boolean := false;
   v_slow boolean := false;
 begin
@@ -1994,12 +2024,14 @@ begin
     -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
     with there as materialized (
       select coalesce(t.priority, v_floor) as priority, case when t.priority is null then v_head else '-infinity' end as head
-      from (select (
-        select j.priority
-        from klieo.jobs j
-        where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
-        order by j.priority desc
-        limit 1)) as t(priority)
+      from (
+        select (
+          select j.priority
+          from klieo.jobs j
+          where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
+          order by j.priority desc
+          limit 1) as priority
+        offset 0) t
     ), due as materialized (
       select j.id, j.visible_at, j.attempts >= j.max_attempts as ended, octet_length(j.payload) as size
       from klieo.jobs j
@@ -2033,17 +2065,22 @@ begin
       end if;
       v_room := v_room - cardinality(v_ids);
       v_bytes := v_bytes - v_size;
-      if cardinality(v_ids) = 1 then
+      -- Random once for the claim, and of each job its own: drawn for each, the random bits would cost as much as the rest.
+      v_token := coalesce(v_token, left(replace(gen_random_uuid()::text, '-', ''), 16));
+      if v_ids = array(select u.id from unnest(v_ids) as u(id) order by u.id) then
+        -- By the primary key they come in this order.
         return query
           update klieo.jobs j
-          set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
-          where j.id = v_ids[1]
+          set attempts = j.attempts + 1, fence = j.fence + 1, token = (v_token || lpad(to_hex(j.id), 16, '0'))::uuid,
+            worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+          where j.id = any(v_ids)
           returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at;
       else
         return query
           with claimed as (
             update klieo.jobs j
-            set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+            set attempts = j.attempts + 1, fence = j.fence + 1, token = (v_token || lpad(to_hex(j.id), 16, '0'))::uuid,
+              worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
             where j.id = any(v_ids)
             returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
           )
@@ -2090,6 +2127,7 @@ CREATE OR REPLACE FUNCTION klieo.window_has_message(lo pg_snapshot, hi pg_snapsh
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 declare
   v_tx xid8;

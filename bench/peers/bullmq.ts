@@ -108,13 +108,13 @@ async function open({ Queue, Worker }: BullMq, backend: Backend): Promise<JobsSe
   }
 }
 
-const ON_POSTGRES = { concurrency: 16, connections: 16 }
+const ON_POSTGRES = { concurrency: 8, connections: 10, enqueueConnections: 32 }
 const ON_REDIS = { concurrency: 100 }
 
 export const bullMqOnPostgres: Contender<JobsSession> = {
   name: 'BullMQ on Postgres',
   version: () => versionOf(PACKAGE),
-  settings: `concurrency ${ON_POSTGRES.concurrency}, pools of ${ON_POSTGRES.connections} connections, finished jobs removed`,
+  settings: `concurrency ${ON_POSTGRES.concurrency}, a pool of ${ON_POSTGRES.connections} for the worker and of ${ON_POSTGRES.enqueueConnections} for the queue, finished jobs removed`,
   drains: 3_000,
   // 300,000 jobs would take it five minutes.
   leaveOut: ['snapshot'],
@@ -124,10 +124,9 @@ export const bullMqOnPostgres: Contender<JobsSession> = {
     await client.connect()
     await bullMq.runMigrations(client)
     await client.end()
-    const connection = { connectionString, max: ON_POSTGRES.connections }
     return open(bullMq, {
-      forQueue: connection,
-      forWorker: connection,
+      forQueue: { connectionString, max: ON_POSTGRES.enqueueConnections },
+      forWorker: { connectionString, max: ON_POSTGRES.connections },
       factory: bullMq.createPostgresBackend,
       concurrency: ON_POSTGRES.concurrency,
       close: async () => {},

@@ -2,7 +2,7 @@
 
 import type { Contender, JobsSession, KvSession, LogSession, RequestSession } from '../contenders.ts'
 import { bullMqOnPostgres, bullMqOnRedis } from './bullmq.ts'
-import { graphileWorkerDefault, graphileWorkerTuned } from './graphile-worker.ts'
+import { graphileWorkerDefault, graphileWorkerFarAhead, graphileWorkerTuned } from './graphile-worker.ts'
 import { jetStreamConfirmed, jetStreamDefault, jetStreamLarge, natsKv, natsRequests } from './nats.ts'
 import { isInstalled } from './packages.ts'
 import { pgBoss } from './pg-boss.ts'
@@ -37,7 +37,7 @@ const NATS = PACKAGES.filter((name) => name.startsWith('@nats-io/'))
 /** Those whose packages are there. */
 export const peers: Peers = {
   jobs: [
-    ...ifInstalled(['graphile-worker'], graphileWorkerTuned, graphileWorkerDefault),
+    ...ifInstalled(['graphile-worker'], graphileWorkerTuned, graphileWorkerFarAhead, graphileWorkerDefault),
     ...ifInstalled(['pg-boss'], pgBoss),
     ...ifInstalled(['bullmq'], bullMqOnPostgres),
     ...ifInstalled(['bullmq', 'ioredis'], bullMqOnRedis),

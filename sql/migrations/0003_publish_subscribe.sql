@@ -4,7 +4,8 @@ create function klieo.publish_many(subjects text[], payloads bytea, starts int[]
 returns table (seq bigint, duplicate boolean)
 language plpgsql
 set enable_seqscan = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_seqs bigint[];
@@ -111,7 +112,8 @@ language plpgsql stable
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 declare
   v_tx xid8;
 begin
@@ -174,7 +176,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   c klieo.consumer_offsets;
@@ -393,7 +396,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_count int;
@@ -432,7 +436,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
   return query
@@ -462,7 +467,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
   -- Locked one after the other in one order, so that two batches do not deadlock. The token is looked at again after a wait.
@@ -503,7 +509,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_ns int[];
@@ -525,7 +532,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   m record;
@@ -552,7 +560,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   m record;
@@ -610,7 +619,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   m record;
@@ -634,7 +644,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   m record;

@@ -10,28 +10,36 @@ create function klieo.enqueue_many(
 returns table (id bigint, added boolean)
 language plpgsql
 set enable_seqscan = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
+  v_now timestamptz := clock_timestamp();
+  v_due timestamptz := coalesce(enqueue_many.run_ats[1], v_now + enqueue_many.delays_ms[1] * interval '1 millisecond');
   v_ids bigint[];
   v_new bigint[];
   v_found bigint[];
   v_missing boolean;
 begin
-  if enqueue_many.dedup_keys is null then
+  if enqueue_many.dedup_keys is null and cardinality(enqueue_many.starts) = 1 then
+    insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+    values (enqueue_many.queues[1], coalesce(v_due, v_now), coalesce(v_due, v_now), coalesce(enqueue_many.max_attempts[1], 5),
+      coalesce(enqueue_many.priorities[1], 0), coalesce(enqueue_many.headers[1]::jsonb, '{}'), enqueue_many.payloads)
+    returning j.id into id;
+    added := true;
+    return next;
+    return;
+  elsif enqueue_many.dedup_keys is null then
     return query
-      with stored as (
-        insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
-        select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
-          substring(enqueue_many.payloads from i.start for i.length)
-        from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
-            enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
-            with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
-          lateral (select coalesce(i.run_at, clock_timestamp() + make_interval(secs => coalesce(i.delay_ms, 0) / 1000.0))) as due(at)
-        order by i.n
-        returning j.id
-      )
-      select stored.id, true from stored order by stored.id;
+      insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+      select i.queue, due.at, due.at, coalesce(i.max_attempts, 5), coalesce(i.priority, 0), coalesce(i.headers::jsonb, '{}'),
+        substring(enqueue_many.payloads from i.start for i.length)
+      from unnest(enqueue_many.queues, enqueue_many.starts, enqueue_many.lengths, enqueue_many.headers, enqueue_many.max_attempts,
+          enqueue_many.delays_ms, enqueue_many.run_ats, enqueue_many.priorities)
+          with ordinality as i(queue, start, length, headers, max_attempts, delay_ms, run_at, priority, n),
+        lateral (select coalesce(i.run_at, v_now + coalesce(i.delay_ms, 0) * interval '1 millisecond')) as due(at)
+      order by i.n
+      returning j.id, true;
     return;
   end if;
 
@@ -124,7 +132,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_count int;
@@ -164,13 +173,14 @@ comment on function klieo.bury_jobs(bigint[], text) is
 
 -- Where the claimable jobs of a queue begin. Dead row versions that an old snapshot pins gather at the head of a priority, and a
 -- scan that begins there visits each of them. So a claim that was slow notes where it found the first job, and later claims begin
--- there (docs/adr/0007-heads.md). Below a head a job may still turn up: its transaction committed late, or its claim was rolled
+-- there (docs/adr/0008-heads.md). Below a head a job may still turn up: its transaction committed late, or its claim was rolled
 -- back. So the claims look from the very beginning again, as often as that takes a twentieth of the time.
 create function klieo.look_for_heads(queue text) returns void
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
@@ -235,7 +245,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
@@ -254,6 +265,7 @@ declare
   v_ids bigint[];
   v_sizes bigint[];
   v_ended bigint[];
+  v_token text;
   v_buried boolean := false;
   v_slow boolean := false;
 begin
@@ -279,12 +291,14 @@ begin
     -- The limit sits with the lock, in a materialized CTE: elsewhere it would lock too many rows or answer too few.
     with there as materialized (
       select coalesce(t.priority, v_floor) as priority, case when t.priority is null then v_head else '-infinity' end as head
-      from (select (
-        select j.priority
-        from klieo.jobs j
-        where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
-        order by j.priority desc
-        limit 1)) as t(priority)
+      from (
+        select (
+          select j.priority
+          from klieo.jobs j
+          where j.queue = take_jobs.queue and j.died_at is null and j.priority < v_priority and j.priority > coalesce(v_floor, -101::smallint)
+          order by j.priority desc
+          limit 1) as priority
+        offset 0) t
     ), due as materialized (
       select j.id, j.visible_at, j.attempts >= j.max_attempts as ended, octet_length(j.payload) as size
       from klieo.jobs j
@@ -318,17 +332,22 @@ begin
       end if;
       v_room := v_room - cardinality(v_ids);
       v_bytes := v_bytes - v_size;
-      if cardinality(v_ids) = 1 then
+      -- Random once for the claim, and of each job its own: drawn for each, the random bits would cost as much as the rest.
+      v_token := coalesce(v_token, left(replace(gen_random_uuid()::text, '-', ''), 16));
+      if v_ids = array(select u.id from unnest(v_ids) as u(id) order by u.id) then
+        -- By the primary key they come in this order.
         return query
           update klieo.jobs j
-          set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
-          where j.id = v_ids[1]
+          set attempts = j.attempts + 1, fence = j.fence + 1, token = (v_token || lpad(to_hex(j.id), 16, '0'))::uuid,
+            worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+          where j.id = any(v_ids)
           returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at;
       else
         return query
           with claimed as (
             update klieo.jobs j
-            set attempts = j.attempts + 1, fence = j.fence + 1, token = gen_random_uuid(), worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
+            set attempts = j.attempts + 1, fence = j.fence + 1, token = (v_token || lpad(to_hex(j.id), 16, '0'))::uuid,
+              worker_id = take_jobs.worker_id, visible_at = clock_timestamp() + v_ttl
             where j.id = any(v_ids)
             returning j.id, j.payload, j.headers, j.attempts, j.max_attempts, j.fence, j.token, j.visible_at
           )
@@ -383,7 +402,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_now timestamptz := clock_timestamp();
@@ -446,7 +466,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
   -- Locked one after the other in the order of their ids, so that two batches do not deadlock. The token is looked at again
@@ -466,22 +487,25 @@ $$;
 comment on function klieo.settle_jobs(bigint[], uuid[], boolean) is
   'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 
+-- A token belongs to one claim of one job, so no pair of an id and another's token is met. By the primary key rows are locked in
+-- the order of their ids, and the token is looked at again after a wait.
 create function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean default false) returns setof bigint
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_mine bigint[];
 begin
-  if cardinality(ack_jobs.ids) = 1 and not ack_jobs.no_wait then
-    return query delete from klieo.jobs j where j.id = ack_jobs.ids[1] and j.token = ack_jobs.tokens[1] returning j.id;
-    return;
+  if ack_jobs.no_wait then
+    v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, true);
+    return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
+  else
+    return query delete from klieo.jobs j where j.id = any(ack_jobs.ids) and j.token = any(ack_jobs.tokens) returning j.id;
   end if;
-  v_mine := klieo.settle_jobs(ack_jobs.ids, ack_jobs.tokens, ack_jobs.no_wait);
-  return query delete from klieo.jobs j where j.id = any(v_mine) returning j.id;
 end
 $$;
 comment on function klieo.ack_jobs(bigint[], uuid[], boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
@@ -491,7 +515,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(nak_jobs.ids, nak_jobs.tokens, nak_jobs.no_wait);
@@ -520,7 +545,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
@@ -541,7 +567,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(dead_letter_jobs.ids, dead_letter_jobs.tokens, dead_letter_jobs.no_wait);
@@ -563,7 +590,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_until timestamptz;
@@ -606,7 +634,8 @@ language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
-set jit = off as $$
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_ended bigint[];
