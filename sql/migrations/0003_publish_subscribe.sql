@@ -188,6 +188,8 @@ declare
   v_seq bigint[] := '{}';
   v_attempt int[] := '{}';
   v_token uuid[] := '{}';
+  -- Random once for the fetch, and of each delivery its own.
+  v_fetch text := left(replace(gen_random_uuid()::text, '-', ''), 16);
   v_due boolean;
   v_final boolean;
   v_more boolean := false;
@@ -243,7 +245,7 @@ begin
       ), again as (
         update klieo.deliveries d
         set attempt = d.attempt + 1,
-          token = gen_random_uuid(),
+          token = (v_fetch || lpad(to_hex(d.seq), 16, '0'))::uuid,
           visible_at = clock_timestamp() + v_wait,
           final = coalesce(d.attempt + 1 >= fetch_messages.max_deliver, false)
         where d.consumer_id = fetch_messages.consumer
@@ -321,7 +323,7 @@ begin
         select * from counted where counted.hits < v_room and (counted.bytes < v_bytes or counted.hits = 0)
       ), handed_out as (
         insert into klieo.deliveries as d (consumer_id, tx, seq, attempt, visible_at, token, final)
-        select fetch_messages.consumer, kept.tx, kept.seq, 1, clock_timestamp() + v_wait, gen_random_uuid(), coalesce(1 >= fetch_messages.max_deliver, false)
+        select fetch_messages.consumer, kept.tx, kept.seq, 1, clock_timestamp() + v_wait, (v_fetch || lpad(to_hex(kept.seq), 16, '0'))::uuid, coalesce(1 >= fetch_messages.max_deliver, false)
         from kept
         where kept.hit
         returning d.tx, d.seq, d.token
@@ -504,6 +506,8 @@ $$;
 comment on function klieo.settle_deliveries(int[], bigint[], uuid[], boolean) is
   'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
 
+-- A token belongs to one delivery of one message to one durable, so no durable and message that were not named together are met. By
+-- the primary key rows are locked in one order, and the token is looked at again after a wait.
 create function klieo.ack_deliveries(consumers int[], seqs bigint[], tokens uuid[], no_wait boolean default false) returns setof int
 language plpgsql
 set enable_seqscan = off
@@ -517,11 +521,23 @@ declare
   v_consumers int[];
   v_seqs bigint[];
 begin
-  select array_agg(m.n), array_agg(distinct m.consumer_id), array_agg(m.seq) into v_ns, v_consumers, v_seqs
-  from klieo.settle_deliveries(ack_deliveries.consumers, ack_deliveries.seqs, ack_deliveries.tokens, ack_deliveries.no_wait) m;
-  -- By token as well: two durables in one batch may hold the same message.
-  delete from klieo.deliveries d where d.consumer_id = any(v_consumers) and d.seq = any(v_seqs) and d.token = any(ack_deliveries.tokens);
-  return query select unnest(v_ns);
+  if ack_deliveries.no_wait then
+    select array_agg(m.n), array_agg(distinct m.consumer_id), array_agg(m.seq) into v_ns, v_consumers, v_seqs
+    from klieo.settle_deliveries(ack_deliveries.consumers, ack_deliveries.seqs, ack_deliveries.tokens, true) m;
+    delete from klieo.deliveries d where d.consumer_id = any(v_consumers) and d.seq = any(v_seqs) and d.token = any(ack_deliveries.tokens);
+    return query select unnest(v_ns);
+  else
+    return query
+      with gone as (
+        delete from klieo.deliveries d
+        where d.consumer_id = any(array(select distinct c from unnest(ack_deliveries.consumers) as c)) and d.seq = any(ack_deliveries.seqs)
+          and d.token = any(ack_deliveries.tokens)
+        returning d.token
+      )
+      select u.n::int
+      from unnest(ack_deliveries.tokens) with ordinality as u(token, n)
+      join gone on gone.token = u.token;
+  end if;
 end
 $$;
 comment on function klieo.ack_deliveries(int[], bigint[], uuid[], boolean) is

@@ -4,6 +4,9 @@
  * clients to be used in a caller's transaction, and sends bytes as hexadecimal text.
  */
 
+/** Batches of acks under way at once: while one waits for the disk the next is gathered and sent. */
+export const ACKS_AT_ONCE = 2
+
 type Element = string | number | null
 
 /** A Postgres array literal. */

@@ -25,7 +25,7 @@ import type { Topic } from '../runtime/bell.ts'
 import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import type { Whereabouts } from '../runtime/settlement.ts'
-import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import { ACKS_AT_ONCE, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
 import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, RELEASE_JOBS } from './jobs.sql.ts'
@@ -93,7 +93,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       weight: ({ job }) => job.payload.byteLength,
       maxWeight: MAX_ENQUEUE_BATCH_BYTES,
     })
-    this.#acks = new Batcher((claims) => this.#ack(claims))
+    this.#acks = new Batcher((claims) => this.#ack(claims), { maxParallel: ACKS_AT_ONCE })
     this.#naks = new Batcher((naks) => this.#nak(naks, false))
     this.#releases = new Batcher((releases) => this.#release(releases))
   }

@@ -23,7 +23,7 @@ import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
 import type { Extension, Whereabouts } from '../runtime/settlement.ts'
 import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
-import { packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import { ACKS_AT_ONCE, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
 import {
@@ -48,6 +48,7 @@ export const MAX_STATEMENT_BYTES = 256 * 1024 * 1024
 const BURY_BATCH = 1_000
 
 interface PgDelivery extends Delivery {
+  readonly durable: string
   readonly consumer: number
   readonly token: string
 }
@@ -95,7 +96,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       weight: ({ payload }) => payload.byteLength,
       maxWeight: MAX_PUBLISH_BATCH_BYTES,
     })
-    this.#acks = new Batcher((deliveries) => this.#ack(deliveries))
+    this.#acks = new Batcher((deliveries) => this.#ack(deliveries), { maxParallel: ACKS_AT_ONCE })
     this.#naks = new Batcher((naks) => this.#nak(naks, false))
     this.#extensions = new Batcher((extensions) => this.#extend(extensions, false))
   }
@@ -195,12 +196,9 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     const { maxDeliver } = subscription
     return {
       fetch: (limit) => this.#fetch(consumer, durable, limit, subscription),
-      ack: async (delivery, tx, noWait) => {
+      ack: (delivery, tx, noWait) => {
         if (tx !== undefined) return this.#ackIn(tx, delivery, noWait)
-        const done = noWait ? (await this.#settle(ACK, [delivery], ['true'], 'ack'))[0] === true : await this.#acks.add(delivery)
-        // Another stream of this process may wait for room in maxAckPending.
-        this.#context.bell.ring(rung)
-        return done
+        return noWait ? this.#ackNow(delivery) : this.#acks.add(delivery)
       },
       nak: async (delivery, delayMs, noWait) => {
         const done = noWait ? (await this.#nak([{ delivery, delayMs }], true))[0] === true : await this.#naks.add({ delivery, delayMs })
@@ -210,11 +208,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
           this.#context.ringer.ring([{ kind: 'message', name: `${durable}.dlq` }])
         return done
       },
-      term: async (delivery, _reason, noWait) => {
-        const done = noWait ? (await this.#settle(ACK, [delivery], ['true'], 'term'))[0] === true : await this.#acks.add(delivery)
-        this.#context.bell.ring(rung)
-        return done
-      },
+      term: (delivery, _reason, noWait) => (noWait ? this.#ackNow(delivery) : this.#acks.add(delivery)),
       // An ack in a caller's transaction may hold the row: nobody else's extension is in a batch with it.
       extend: async (delivery, noWait) =>
         noWait ? ((await this.#extend([{ delivery, ackWaitMs }], true))[0] as Extension) : this.#extensions.add({ delivery, ackWaitMs }),
@@ -248,6 +242,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     const deliveries = rows.map(
       (row): PgDelivery => ({
         consumer,
+        durable,
         token: row.token,
         seq: row.seq as number,
         subject: row.subject,
@@ -278,8 +273,15 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     return rows.map(toPubAck)
   }
 
-  #ack(deliveries: readonly PgDelivery[]): Promise<boolean[]> {
-    return this.#settle(ACK, deliveries, ['false'], 'ack')
+  async #ack(deliveries: readonly PgDelivery[]): Promise<boolean[]> {
+    const done = await this.#settle(ACK, deliveries, ['false'], 'ack')
+    // Another stream of this process may wait for room in maxAckPending.
+    this.#context.bell.ring([...new Set(deliveries.map(({ durable }) => durable))].map((name) => ({ kind: 'durable', name })))
+    return done
+  }
+
+  async #ackNow(delivery: PgDelivery): Promise<boolean> {
+    return (await this.#settle(ACK, [delivery], ['true'], 'ack'))[0] === true
   }
 
   async #ackIn(tx: PostgresTx, delivery: PgDelivery, noWait: boolean): Promise<boolean> {
@@ -304,6 +306,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   /** @returns for each delivery whether its token was still valid */
   async #settle(text: string, deliveries: readonly PgDelivery[], more: readonly unknown[], doing: string): Promise<boolean[]> {
     const rows = await this.#context.db.query<{ n: string }>(text, [...keys(deliveries), ...more], doing)
+    if (rows.length === deliveries.length) return deliveries.map(() => true)
     const settled = new Set(rows.map(({ n }) => Number(n)))
     return deliveries.map((_, index) => settled.has(index + 1))
   }
