@@ -50,12 +50,12 @@ export const peers: Peers = {
 /** By the library's name. */
 export const betterAt: Readonly<Record<string, string>> = {
   'graphile-worker':
-    'Jobs of one named queue run strictly one after the other, a job key can replace or reschedule a job that waits, and cron tasks with backfill are built in. A trigger or a function adds jobs with one SQL call, and it has run in production for years.',
+    'Jobs of one named queue run strictly one after the other, a job key replaces or reschedules a job that still waits, and a crontab starts jobs, those missed while nothing ran too.',
   'pg-boss':
-    'It schedules by cron and by recurrence rules, limits rates, debounces and groups jobs by a queue’s policy, lets jobs wait for other jobs, keeps finished jobs with their results, and comes with a dashboard. It also runs on CockroachDB, Citus and PGlite.',
+    'It schedules by cron and by recurrence rules, limits rates, debounces and groups jobs by the policy of a queue, lets jobs wait for other jobs, and keeps what finished with its result. It also runs on CockroachDB, Citus and PGlite.',
   BullMQ:
-    'Flows of parent and child jobs, rate limits, repeatable jobs, progress, results and sandboxed processors, with many dashboards around it. On Redis a single job starts sooner than anything that has to wait for a commit in PostgreSQL.',
-  NATS: 'Subjects span clusters and leaf nodes, streams are replicated by Raft, clients exist for some forty languages, and a server takes far more connections than PostgreSQL. Its request and reply never touches a disk, and messages need no database to be there at all.',
+    'Flows of parent and child jobs, rate limits, repeated jobs, progress, results, and processors in processes of their own. On Redis no commit of a database lies between a job and its start.',
+  NATS: 'Subjects span clusters and leaf nodes, streams are replicated by Raft, there are clients for some forty languages, and one server takes far more connections than PostgreSQL. A request and its reply touch no disk, and none of it needs a database.',
 }
 
 export async function startPeerServers(): Promise<PeerServers> {

@@ -1,7 +1,7 @@
 /** Redis and NATS on loopback, on ports of their own, with their data in a directory that goes with them. */
 
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
-import { existsSync, rmSync } from 'node:fs'
+import { execFileSync, spawn } from 'node:child_process'
+import { existsSync } from 'node:fs'
 import { mkdtemp } from 'node:fs/promises'
 import { connect, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -9,7 +9,24 @@ import { delimiter, join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 
 const READY_MS = 10_000
-const STOP_MS = 5_000
+
+/**
+ * Holds the server and its data. When its standard input ends, because the bench closed it or is gone in whatever way, both go
+ * too: nobody else would end the servers of a bench that was killed. Nothing in the data is worth an orderly shutdown.
+ * $1 is the directory, the rest the server's command line.
+ */
+const KEEPER = `
+trap : INT TERM
+directory=$1
+shift
+"$@" </dev/null &
+server=$!
+echo "$server" >&3
+cat >/dev/null
+kill -9 "$server"
+wait "$server" 2>/dev/null
+rm -rf "$directory"
+`
 
 export interface Server {
   readonly url: string
@@ -75,47 +92,47 @@ interface Start {
 async function start({ program, scheme, version, settings, args, hello, ready }: Start): Promise<Server> {
   const directory = await mkdtemp(join(tmpdir(), `klieo-bench-${scheme}-`))
   const port = await freePort()
-  const child = spawn(program, args(port, directory), { stdio: ['ignore', 'pipe', 'pipe'] })
+  const keeper = spawn('/bin/sh', ['-c', KEEPER, 'keeper', directory, program, ...args(port, directory)], {
+    stdio: ['pipe', 'pipe', 'pipe', 'pipe'],
+  })
   let said = ''
-  for (const stream of [child.stdout, child.stderr]) {
+  for (const stream of [keeper.stdout, keeper.stderr]) {
     stream.on('data', (chunk: Buffer) => {
       said = (said + chunk.toString()).slice(-2_000)
     })
   }
   const ended = new Promise<void>((resolve) => {
-    child.once('exit', () => resolve())
-    child.once('error', () => resolve())
+    keeper.once('exit', () => resolve())
   })
-  const removeData = () => rmSync(directory, { recursive: true, force: true })
-  // Also when the bench ends without having stopped it, by an error or a second Ctrl-C.
-  const atExit = () => {
-    child.kill('SIGKILL')
-    removeData()
-  }
-  process.once('exit', atExit)
+  // Ctrl-C reaches the keeper too, which may be gone before it is told.
+  keeper.stdin.on('error', () => {})
   const stop = async () => {
-    await end(child, ended)
-    process.removeListener('exit', atExit)
-    removeData()
+    keeper.stdin.end()
+    await ended
   }
+  const pid = await new Promise<number>((resolve, reject) => {
+    keeper.once('error', reject)
+    keeper.stdio[3]!.once('data', (chunk: Buffer) => resolve(Number(chunk.toString())))
+  })
   const deadline = performance.now() + READY_MS
   while (!ready.test(await answer(port, hello))) {
-    if (child.exitCode === null && child.pid !== undefined && performance.now() < deadline) {
+    if (performance.now() < deadline && isAlive(pid)) {
       await pause(20)
       continue
     }
     await stop()
     throw new Error(`${program} did not become ready within ${READY_MS} ms. ${said.trim()}`)
   }
-  return { url: `${scheme}://127.0.0.1:${port}`, pid: child.pid!, version, settings, stop }
+  return { url: `${scheme}://127.0.0.1:${port}`, pid, version, settings, stop }
 }
 
-async function end(child: ChildProcess, ended: Promise<void>): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null || child.pid === undefined) return
-  child.kill('SIGTERM')
-  const timer = setTimeout(() => child.kill('SIGKILL'), STOP_MS)
-  await ended
-  clearTimeout(timer)
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0)
+    return true
+  } catch {
+    return false
+  }
 }
 
 /** @returns the first that it says, or an empty string */
