@@ -164,7 +164,10 @@ export const barePingPong: Contender<RequestSession> = {
     await asker.query('listen bare_pong')
     await answerer.query('listen bare_ping')
     const NOTIFY = { name: 'bare_notify', text: 'select pg_notify($1, $2)' }
-    answerer.on('notification', ({ payload }) => void answerer.query({ ...NOTIFY, values: ['bare_pong', payload] }))
+    let answering: Promise<unknown> = Promise.resolve()
+    answerer.on('notification', ({ payload }) => {
+      answering = answerer.query({ ...NOTIFY, values: ['bare_pong', payload] })
+    })
     let answered: (() => void) | undefined
     asker.on('notification', () => answered?.())
     return {
@@ -176,6 +179,7 @@ export const barePingPong: Contender<RequestSession> = {
         await answer
       },
       async [Symbol.asyncDispose]() {
+        await answering
         await Promise.all([asker.end(), answerer.end()])
       },
     }

@@ -48,6 +48,11 @@ export interface PostgresBusOptions {
   readonly maxPayloadBytes?: number
   /** A direct connection for LISTEN and presence when the pool goes through a pooler. @default where the pool connects */
   readonly listenConnectionString?: string
+  /**
+   * Prepare the bus's own statements once for each connection. A pooler that cannot keep them (PgBouncer in transaction mode before 1.21 or
+   * without `max_prepared_statements`) is noticed at the first error; false: never try. @default true
+   */
+  readonly preparedStatements?: boolean
   /** The floor under the notifications, in ms; jittered; at least 10. @default 1_000 */
   readonly pollIntervalMs?: number
 }
@@ -110,7 +115,7 @@ export class PostgresBus implements Bus<PostgresTx> {
     const ownsPool = options.pool === undefined
     const sockets = new Sockets()
     const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, stream: sockets.stream })
-    const db = new Database(pool, ownsPool, checked.schema, sockets)
+    const db = new Database(pool, ownsPool, checked.schema, sockets, options.preparedStatements ?? true)
     try {
       await db.open()
       if (checked.migrate) await migrate(pool, checked.schema)
@@ -238,6 +243,7 @@ function check(options: PostgresBusOptions) {
   checkSchema(schema)
   checkBoolean('migrate', options.migrate)
   checkBoolean('maintenance', options.maintenance)
+  checkBoolean('preparedStatements', options.preparedStatements)
   checkOptions(retention, 'retention')
   const { messagesMs = DEFAULT_RETENTION.messagesMs, deadJobsMs = DEFAULT_RETENTION.deadJobsMs } = retention
   checkDuration('retention.messagesMs', messagesMs)

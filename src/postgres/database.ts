@@ -67,7 +67,7 @@ export class Database {
   readonly #onPoolError = () => {
     this.#suspect = true
   }
-  #prepare = true
+  #prepare: boolean
   #generation = 0
   #explicit = false
   /** The connection was lost: what answers next may be another cluster. */
@@ -79,7 +79,8 @@ export class Database {
   #closed = false
 
   /** @param sockets those of an own pool */
-  constructor(pool: pg.Pool, ownsPool: boolean, schema: string, sockets: Sockets) {
+  constructor(pool: pg.Pool, ownsPool: boolean, schema: string, sockets: Sockets, prepare = true) {
+    this.#prepare = prepare
     this.#sockets = sockets
     this.pool = pool
     this.schema = schema

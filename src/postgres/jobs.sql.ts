@@ -11,7 +11,7 @@ export const ENQUEUE = `
  * A last row without an id: `fence` 1 when dead letters were published on the way, `max_attempts` the ms to the next job.
  */
 export const CLAIM = `
-  select id::text as id, payload, headers, attempt, max_attempts, fence, token::text as token, date_part('epoch', expires_at) * 1000 as expires_at_ms
+  select id::text as id, encode(payload, 'base64') as payload, headers, attempt, max_attempts, fence, token::text as token, date_part('epoch', expires_at) * 1000 as expires_at_ms
   from klieo.take_jobs($1, $2, $3, $4, $5, $6)`
 
 /** $1 id, $2 token */

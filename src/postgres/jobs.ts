@@ -25,7 +25,7 @@ import type { Topic } from '../runtime/bell.ts'
 import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import type { Whereabouts } from '../runtime/settlement.ts'
-import { ACKS_AT_ONCE, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import { ACKS_AT_ONCE, fromBase64, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
 import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, RELEASE_JOBS } from './jobs.sql.ts'
@@ -52,7 +52,7 @@ interface PgClaim extends Claim {
 
 interface ClaimRow extends Record<string, unknown> {
   readonly id: string | null
-  readonly payload: Uint8Array
+  readonly payload: string
   readonly headers: Headers
   readonly attempt: number
   readonly max_attempts: number
@@ -197,7 +197,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
           id: row.id as string,
           queue,
           token: row.token,
-          payload: row.payload,
+          payload: fromBase64(row.payload),
           headers: row.headers,
           attempt: row.attempt,
           maxAttempts: row.max_attempts,

@@ -23,7 +23,7 @@ export const DELETE_DURABLE = `
 
 /** $1 consumer, $2 messages, $3 ack wait in ms, $4 max ack pending, $5 max deliver or null, $6 bytes */
 export const FETCH = `
-  select seq, subject, headers, payload, date_part('epoch', published_at) * 1000 as published_at_ms, attempt,
+  select seq, subject, headers, encode(payload, 'base64') as payload, date_part('epoch', published_at) * 1000 as published_at_ms, attempt,
     token::text as token, more, final_due, due_in_ms
   from klieo.fetch_messages($1, $2, $3, $4, $5, $6)`
 

@@ -23,7 +23,7 @@ import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
 import type { Extension, Whereabouts } from '../runtime/settlement.ts'
 import { type Delivery, type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
-import { ACKS_AT_ONCE, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import { ACKS_AT_ONCE, fromBase64, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
 import {
@@ -57,7 +57,7 @@ interface FetchRow extends Record<string, unknown> {
   readonly seq: number | null
   readonly subject: string
   readonly headers: Headers
-  readonly payload: Uint8Array
+  readonly payload: string
   readonly published_at_ms: string | number
   readonly attempt: number
   readonly token: string
@@ -246,7 +246,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
         token: row.token,
         seq: row.seq as number,
         subject: row.subject,
-        payload: row.payload,
+        payload: fromBase64(row.payload),
         headers: row.headers,
         attempt: row.attempt,
         publishedAt: new Date(Number(row.published_at_ms)),
