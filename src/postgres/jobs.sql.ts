@@ -6,6 +6,17 @@ export const ENQUEUE = `
   from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
     $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
 
+/** A job with nothing but a payload. $1 queue, $2 payload */
+export const ENQUEUE_PLAIN = `
+  insert into klieo.jobs (queue, run_at, visible_at, payload) values ($1, clock_timestamp(), clock_timestamp(), $2) returning id::text as id`
+
+/** One job without a dedup key, for a call that has nobody to share a statement with. $1 queue, $2 payload, $3 headers, $4 max attempts, $5 priority, $6 delay in ms, $7 due time or null */
+export const ENQUEUE_ONE = `
+  insert into klieo.jobs (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+  select $1, due.at, due.at, $4, $5, $3::jsonb, $2
+  from (select coalesce($7::timestamptz, clock_timestamp() + $6::double precision * interval '1 millisecond')) as due(at)
+  returning id::text as id`
+
 /**
  * $1 queue, $2 worker, $3 lease in ms, $4 jobs, $5 bytes, $6 how far ahead to look for the next job, in ms.
  * A last row without an id: `fence` 1 when dead letters were published on the way, `max_attempts` the ms to the next job.
@@ -23,6 +34,10 @@ export const JOB_WHEREABOUTS = `
 /** $1 ids, $2 tokens, $3 whether to pass over locked rows */
 export const ACK_JOBS = `
   select id::text as id from klieo.ack_jobs($1::text::bigint[], $2::text::uuid[], $3::text::boolean) as id`
+
+/** $1 id, $2 token */
+export const ACK_JOB = `
+  delete from klieo.jobs where id = $1 and token = $2 returning id::text as id`
 
 /** $1 ids, $2 tokens, $3 delays in ms, $4 errors, $5 whether to pass over locked rows */
 export const NAK_JOBS = `

@@ -25,10 +25,22 @@ import type { Topic } from '../runtime/bell.ts'
 import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
 import { longPoll } from '../runtime/long-poll.ts'
 import type { Whereabouts } from '../runtime/settlement.ts'
-import { ACKS_AT_ONCE, fromBase64, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
+import { ACKS_AT_ONCE, asBuffer, fromBase64, packPayloads, pgArray, pgArrayOrNull } from './arrays.ts'
 import type { Context } from './context.ts'
 import { checkTx, type PostgresTx } from './database.ts'
-import { ACK_JOBS, CLAIM, DEAD_LETTER_JOBS, ENQUEUE, HEARTBEAT_JOB, JOB_WHEREABOUTS, NAK_JOBS, RELEASE_JOBS } from './jobs.sql.ts'
+import {
+  ACK_JOB,
+  ACK_JOBS,
+  CLAIM,
+  DEAD_LETTER_JOBS,
+  ENQUEUE,
+  ENQUEUE_ONE,
+  ENQUEUE_PLAIN,
+  HEARTBEAT_JOB,
+  JOB_WHEREABOUTS,
+  NAK_JOBS,
+  RELEASE_JOBS,
+} from './jobs.sql.ts'
 import { MAX_STATEMENT_BYTES, tooMuch } from './pubsub.ts'
 
 const MAX_ENQUEUE_BATCH_BYTES = 4 * 1024 * 1024
@@ -248,9 +260,27 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   }
 
   async #enqueue(enqueues: readonly Enqueue[]): Promise<JobId[]> {
+    if (enqueues.length === 1 && enqueues[0]?.job.dedupKey === undefined) return [await this.#enqueueOne(enqueues[0] as Enqueue)]
     const rows = await this.#context.db.query<EnqueueRow>(ENQUEUE, enqueueParameters(enqueues), 'enqueue')
     this.#context.ringer.ring(topics(enqueues))
     return rows.map(({ id }) => id)
+  }
+
+  async #enqueueOne({ queue, job }: Enqueue): Promise<JobId> {
+    const { payload, headers, maxAttempts, priority, delayMs, runAt } = job
+    const given = JSON.stringify(headers)
+    const plain = given === '{}' && maxAttempts === 5 && priority === 0 && delayMs === undefined && runAt === undefined
+    const bytes = asBuffer(payload)
+    const due = runAt === undefined ? null : timestamp(runAt)
+    const [row] = plain
+      ? await this.#context.db.query<{ id: string }>(ENQUEUE_PLAIN, [queue, bytes], 'enqueue')
+      : await this.#context.db.query<{ id: string }>(
+          ENQUEUE_ONE,
+          [queue, bytes, given, maxAttempts, priority, delayMs ?? 0, due],
+          'enqueue',
+        )
+    this.#context.ringer.ring([queueTopic(queue)])
+    return (row as { id: string }).id
   }
 
   async #enqueueIn(tx: PostgresTx, enqueues: readonly Enqueue[]): Promise<JobId[]> {
@@ -270,7 +300,9 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     return this.#settle(RELEASE_JOBS, claims, [pgArray(releases.map(({ counted }) => String(counted)))], 'release')
   }
 
-  #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
+  async #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
+    const [only] = claims
+    if (claims.length === 1 && only) return [(await this.#context.db.query(ACK_JOB, [only.id, only.token], 'ack')).length > 0]
     return this.#settle(ACK_JOBS, claims, ['false'], 'ack')
   }
 
