@@ -285,6 +285,20 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.ack_job(id bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  delete from klieo.jobs j where j.id = ack_job.id and j.token = ack_job.token;
+  return found;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
@@ -1345,47 +1359,75 @@ CREATE OR REPLACE FUNCTION klieo.look_for_heads(queue text)
 AS $function$
 #variable_conflict use_column
 declare
+  v_lock int := hashtext(look_for_heads.queue);
   v_now timestamptz := clock_timestamp();
   v_start timestamptz;
   v_first timestamptz;
   v_priorities smallint[] := '{}';
   v_heads timestamptz[] := '{}';
 begin
-  for p in reverse 100..-100 loop
-    v_start := clock_timestamp();
-    select j.visible_at into v_first
-    from klieo.jobs j
-    where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
-    order by j.visible_at
-    limit 1;
-    if clock_timestamp() - v_start > interval '0.2 milliseconds' then
-      v_priorities := v_priorities || p::smallint;
-      v_heads := v_heads || klieo.head_before(v_first, v_now);
-    end if;
-  end loop;
-  -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
-  if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
-    insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
-    values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+  -- One at a time looks; not until the end of the transaction, in which an SQL caller may go on working.
+  if not pg_try_advisory_lock(klieo.presence_class() # 1, v_lock) then
+    return;
   end if;
+  begin
+    -- The first of these is planned meanwhile: none has such a priority.
+    for p in reverse 101..-100 loop
+      v_start := clock_timestamp();
+      select j.visible_at into v_first
+      from klieo.jobs j
+      where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
+      order by j.visible_at
+      limit 1;
+      if p <= 100 and clock_timestamp() - v_start > interval '0.2 milliseconds' then
+        v_priorities := v_priorities || p::smallint;
+        v_heads := v_heads || klieo.head_before(v_first, v_now);
+      end if;
+    end loop;
+    -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
+    if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
+      insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+      values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+    end if;
+  exception when query_canceled or others then
+    perform pg_advisory_unlock(klieo.presence_class() # 1, v_lock);
+    raise;
+  end;
+  perform pg_advisory_unlock(klieo.presence_class() # 1, v_lock);
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.move_head(queue text, priority smallint, head timestamp with time zone)
+CREATE OR REPLACE FUNCTION klieo.look_is_due(looked_at timestamp with time zone, look_ms double precision)
+ RETURNS boolean
+ LANGUAGE sql
+AS $function$
+  -- At most five seconds later, should a look have stood still; at once, should the clock have been set back.
+  select look_is_due.looked_at is null
+    or clock_timestamp() not between look_is_due.looked_at and look_is_due.looked_at + make_interval(secs => least(look_is_due.look_ms * 0.02, 5))
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.move_head(queue text, priority smallint, begun_from timestamp with time zone, head timestamp with time zone)
  RETURNS void
  LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
 AS $function$
 #variable_conflict use_column
 begin
   insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
   select h.queue, h.priorities,
-    array(select case when u.priority = move_head.priority then greatest(u.head, move_head.head) else u.head end
-      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n) order by u.n),
+    array(
+      select case
+          when u.priority <> move_head.priority then u.head
+          when move_head.head < move_head.begun_from then least(u.head, move_head.head)
+          -- Another one has found something below what this claim began from: that stands.
+          when u.head < move_head.begun_from then u.head
+          else greatest(u.head, move_head.head)
+        end
+      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n)
+      order by u.n),
     h.looked_at, h.look_ms
-  from klieo.job_heads h
-  where h.queue = move_head.queue
-  order by h.seq desc
-  limit 1;
+  from (select * from klieo.job_heads n where n.queue = move_head.queue order by n.seq desc limit 1) h
+  where move_head.priority = any(h.priorities);
 end
 $function$;
 
@@ -1876,13 +1918,22 @@ AS $function$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
-  v_uncounted bigint[] := array(select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted);
+  v_uncounted bigint[] := array(
+    select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted and u.id = any(v_mine));
+  v_counted bigint[] := array(select m.id from unnest(v_mine) as m(id) where m.id <> all (v_uncounted));
 begin
-  return query
+  update klieo.jobs j
+  set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+  where j.id = any(v_counted);
+  -- As if nobody had claimed it: it keeps its place in the queue, which may lie below a head.
+  if v_uncounted <> '{}' then
     update klieo.jobs j
-    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp(), attempts = j.attempts - (j.id = any(v_uncounted))::int
-    where j.id = any(v_mine)
-    returning j.id;
+    set token = null, visible_at = j.run_at, attempts = j.attempts - 1
+    where j.id = any(v_uncounted);
+    perform klieo.move_head(f.queue, f.priority, 'infinity', f.first)
+    from (select j.queue, j.priority, min(j.run_at) as first from klieo.jobs j where j.id = any(v_uncounted) group by j.queue, j.priority) f;
+  end if;
+  return query select unnest(v_mine);
 end
 $function$;
 
@@ -2020,8 +2071,7 @@ begin
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
   select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
-  if v_heads.priorities <> '{}' and v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02)
-    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+  if v_heads.priorities <> '{}' and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
     perform klieo.look_for_heads(take_jobs.queue);
     select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
   end if;
@@ -2055,14 +2105,22 @@ begin
       limit v_room
       for no key update skip locked
     )
-    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0), min(d.visible_at),
+    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0),
       array_agg(d.id) filter (where not d.ended), array_agg(d.size) filter (where not d.ended), array_agg(d.id) filter (where d.ended)
-    into v_priority, v_count, v_size, v_first, v_ids, v_sizes, v_ended
+    into v_priority, v_count, v_size, v_ids, v_sizes, v_ended
     from due d;
     v_took := clock_timestamp() - v_started;
     if v_priority = v_floor then
-      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' and klieo.head_before(v_first, v_now) > v_head then
-        perform klieo.move_head(take_jobs.queue, v_priority, klieo.head_before(v_first, v_now));
+      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' then
+        -- Not behind what somebody has locked: he may let go of it as it is.
+        select j.visible_at into v_first
+        from klieo.jobs j
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at >= v_head and j.visible_at <= v_now
+        order by j.visible_at
+        limit 1;
+        if klieo.head_before(v_first, v_now) > v_head then
+          perform klieo.move_head(take_jobs.queue, v_priority, v_head, klieo.head_before(v_first, v_now));
+        end if;
       end if;
     elsif v_took > interval '2 milliseconds' + v_count * interval '20 microseconds' then
       v_slow := true;
@@ -2116,8 +2174,7 @@ begin
     v_floor := null;
     v_head := '-infinity';
   end loop;
-  if v_slow and (v_heads.looked_at is null or v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02))
-    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+  if v_slow and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
     perform klieo.look_for_heads(take_jobs.queue);
   end if;
   if v_buried or (v_room = take_jobs.max_jobs and take_jobs.horizon_ms is not null) then
@@ -2450,6 +2507,8 @@ comment on view klieo.queue_stats is 'A row per queue that holds jobs.';
 
 comment on function klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
 
+comment on function klieo.ack_job(id bigint, token uuid) is 'Ends a job that is done; answers whether its token was still valid.';
+
 comment on function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
 
 comment on function klieo.as_text(payload bytea) is 'The bytes as UTF-8 text; null where they are none.';
@@ -2516,7 +2575,9 @@ comment on function klieo.live_responders(subject text) is 'Whether any live pro
 
 comment on function klieo.look_for_heads(queue text) is 'Looks through the whole queue and notes the priorities at whose head dead rows lie, and where their jobs begin.';
 
-comment on function klieo.move_head(queue text, priority smallint, head timestamp with time zone) is 'Notes that the jobs of a priority begin later.';
+comment on function klieo.look_is_due(looked_at timestamp with time zone, look_ms double precision) is 'Whether a queue may be looked through again: that may take a twentieth of the time.';
+
+comment on function klieo.move_head(queue text, priority smallint, begun_from timestamp with time zone, head timestamp with time zone) is 'Notes that the jobs of a priority begin later than a claim began from, or earlier.';
 
 comment on function klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
 
@@ -2544,7 +2605,7 @@ comment on function klieo.rebase() is 'Makes the log of a restored database deli
 
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
-comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once. The attempt counts, but for those whose handling never began (counted is false).';
+comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 

@@ -175,6 +175,14 @@ comment on function klieo.bury_jobs(bigint[], text) is
 -- scan that begins there visits each of them. So a claim that was slow notes where it found the first job, and later claims begin
 -- there (docs/adr/0008-heads.md). Below a head a job may still turn up: its transaction committed late, or its claim was rolled
 -- back. So the claims look from the very beginning again, as often as that takes a twentieth of the time.
+create function klieo.look_is_due(looked_at timestamptz, look_ms double precision) returns boolean
+language sql volatile as $$
+  -- At most five seconds later, should a look have stood still; at once, should the clock have been set back.
+  select look_is_due.looked_at is null
+    or clock_timestamp() not between look_is_due.looked_at and look_is_due.looked_at + make_interval(secs => least(look_is_due.look_ms * 0.02, 5))
+$$;
+comment on function klieo.look_is_due(timestamptz, double precision) is 'Whether a queue may be looked through again: that may take a twentieth of the time.';
+
 create function klieo.look_for_heads(queue text) returns void
 language plpgsql
 set enable_seqscan = off
@@ -183,29 +191,41 @@ set jit = off
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
+  v_lock int := hashtext(look_for_heads.queue);
   v_now timestamptz := clock_timestamp();
   v_start timestamptz;
   v_first timestamptz;
   v_priorities smallint[] := '{}';
   v_heads timestamptz[] := '{}';
 begin
-  for p in reverse 100..-100 loop
-    v_start := clock_timestamp();
-    select j.visible_at into v_first
-    from klieo.jobs j
-    where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
-    order by j.visible_at
-    limit 1;
-    if clock_timestamp() - v_start > interval '0.2 milliseconds' then
-      v_priorities := v_priorities || p::smallint;
-      v_heads := v_heads || klieo.head_before(v_first, v_now);
-    end if;
-  end loop;
-  -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
-  if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
-    insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
-    values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+  -- One at a time looks; not until the end of the transaction, in which an SQL caller may go on working.
+  if not pg_try_advisory_lock(klieo.presence_class() # 1, v_lock) then
+    return;
   end if;
+  begin
+    -- The first of these is planned meanwhile: none has such a priority.
+    for p in reverse 101..-100 loop
+      v_start := clock_timestamp();
+      select j.visible_at into v_first
+      from klieo.jobs j
+      where j.queue = look_for_heads.queue and j.died_at is null and j.priority = p::smallint and j.visible_at <= v_now
+      order by j.visible_at
+      limit 1;
+      if p <= 100 and clock_timestamp() - v_start > interval '0.2 milliseconds' then
+        v_priorities := v_priorities || p::smallint;
+        v_heads := v_heads || klieo.head_before(v_first, v_now);
+      end if;
+    end loop;
+    -- Newest first: nothing is updated here, so that the reader of the newest row meets no dead one.
+    if v_priorities <> '{}' or exists (select from klieo.job_heads h where h.queue = look_for_heads.queue) then
+      insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
+      values (look_for_heads.queue, v_priorities, v_heads, clock_timestamp(), extract(epoch from clock_timestamp() - v_now) * 1000);
+    end if;
+  exception when query_canceled or others then
+    perform pg_advisory_unlock(klieo.presence_class() # 1, v_lock);
+    raise;
+  end;
+  perform pg_advisory_unlock(klieo.presence_class() # 1, v_lock);
 end
 $$;
 comment on function klieo.look_for_heads(text) is 'Looks through the whole queue and notes the priorities at whose head dead rows lie, and where their jobs begin.';
@@ -220,22 +240,29 @@ language sql immutable parallel safe as $$
 $$;
 comment on function klieo.head_before(timestamptz, timestamptz) is 'The head to note after the first job was found there; null: none was.';
 
-create function klieo.move_head(queue text, priority smallint, head timestamptz) returns void
-language plpgsql as $$
+create function klieo.move_head(queue text, priority smallint, begun_from timestamptz, head timestamptz) returns void
+language plpgsql
+set enable_seqscan = off as $$
 #variable_conflict use_column
 begin
   insert into klieo.job_heads (queue, priorities, heads, looked_at, look_ms)
   select h.queue, h.priorities,
-    array(select case when u.priority = move_head.priority then greatest(u.head, move_head.head) else u.head end
-      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n) order by u.n),
+    array(
+      select case
+          when u.priority <> move_head.priority then u.head
+          when move_head.head < move_head.begun_from then least(u.head, move_head.head)
+          -- Another one has found something below what this claim began from: that stands.
+          when u.head < move_head.begun_from then u.head
+          else greatest(u.head, move_head.head)
+        end
+      from unnest(h.priorities, h.heads) with ordinality as u(priority, head, n)
+      order by u.n),
     h.looked_at, h.look_ms
-  from klieo.job_heads h
-  where h.queue = move_head.queue
-  order by h.seq desc
-  limit 1;
+  from (select * from klieo.job_heads n where n.queue = move_head.queue order by n.seq desc limit 1) h
+  where move_head.priority = any(h.priorities);
 end
 $$;
-comment on function klieo.move_head(text, smallint, timestamptz) is 'Notes that the jobs of a priority begin later.';
+comment on function klieo.move_head(text, smallint, timestamptz, timestamptz) is 'Notes that the jobs of a priority begin later than a claim began from, or earlier.';
 
 -- Claims the best claimable jobs. Priorities are walked from the top, one index range each, so that neither delayed nor
 -- running jobs of a higher priority stand in the way. A job whose last lease ran out is buried when it is met.
@@ -273,8 +300,7 @@ begin
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
   select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
-  if v_heads.priorities <> '{}' and v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02)
-    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+  if v_heads.priorities <> '{}' and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
     perform klieo.look_for_heads(take_jobs.queue);
     select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
   end if;
@@ -308,14 +334,22 @@ begin
       limit v_room
       for no key update skip locked
     )
-    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0), min(d.visible_at),
+    select (select t.priority from there t), count(*), coalesce(sum(d.size) filter (where not d.ended), 0),
       array_agg(d.id) filter (where not d.ended), array_agg(d.size) filter (where not d.ended), array_agg(d.id) filter (where d.ended)
-    into v_priority, v_count, v_size, v_first, v_ids, v_sizes, v_ended
+    into v_priority, v_count, v_size, v_ids, v_sizes, v_ended
     from due d;
     v_took := clock_timestamp() - v_started;
     if v_priority = v_floor then
-      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' and klieo.head_before(v_first, v_now) > v_head then
-        perform klieo.move_head(take_jobs.queue, v_priority, klieo.head_before(v_first, v_now));
+      if v_took > interval '0.3 milliseconds' + v_count * interval '5 microseconds' then
+        -- Not behind what somebody has locked: he may let go of it as it is.
+        select j.visible_at into v_first
+        from klieo.jobs j
+        where j.queue = take_jobs.queue and j.died_at is null and j.priority = v_priority and j.visible_at >= v_head and j.visible_at <= v_now
+        order by j.visible_at
+        limit 1;
+        if klieo.head_before(v_first, v_now) > v_head then
+          perform klieo.move_head(take_jobs.queue, v_priority, v_head, klieo.head_before(v_first, v_now));
+        end if;
       end if;
     elsif v_took > interval '2 milliseconds' + v_count * interval '20 microseconds' then
       v_slow := true;
@@ -369,8 +403,7 @@ begin
     v_floor := null;
     v_head := '-infinity';
   end loop;
-  if v_slow and (v_heads.looked_at is null or v_now >= v_heads.looked_at + make_interval(secs => v_heads.look_ms * 0.02))
-    and pg_try_advisory_xact_lock(klieo.presence_class() # 1, hashtext(take_jobs.queue)) then
+  if v_slow and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
     perform klieo.look_for_heads(take_jobs.queue);
   end if;
   if v_buried or (v_room = take_jobs.max_jobs and take_jobs.horizon_ms is not null) then
@@ -487,6 +520,19 @@ $$;
 comment on function klieo.settle_jobs(bigint[], uuid[], boolean) is
   'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 
+create function klieo.ack_job(id bigint, token uuid) returns boolean
+language plpgsql
+set enable_seqscan = off
+set enable_bitmapscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  delete from klieo.jobs j where j.id = ack_job.id and j.token = ack_job.token;
+  return found;
+end
+$$;
+comment on function klieo.ack_job(bigint, uuid) is 'Ends a job that is done; answers whether its token was still valid.';
+
 -- A token belongs to one claim of one job, so no pair of an id and another's token is met. By the primary key rows are locked in
 -- the order of their ids, and the token is looked at again after a wait.
 create function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean default false) returns setof bigint
@@ -550,17 +596,26 @@ set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_mine bigint[] := klieo.settle_jobs(release_jobs.ids, release_jobs.tokens, true);
-  v_uncounted bigint[] := array(select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted);
+  v_uncounted bigint[] := array(
+    select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted and u.id = any(v_mine));
+  v_counted bigint[] := array(select m.id from unnest(v_mine) as m(id) where m.id <> all (v_uncounted));
 begin
-  return query
+  update klieo.jobs j
+  set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+  where j.id = any(v_counted);
+  -- As if nobody had claimed it: it keeps its place in the queue, which may lie below a head.
+  if v_uncounted <> '{}' then
     update klieo.jobs j
-    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp(), attempts = j.attempts - (j.id = any(v_uncounted))::int
-    where j.id = any(v_mine)
-    returning j.id;
+    set token = null, visible_at = j.run_at, attempts = j.attempts - 1
+    where j.id = any(v_uncounted);
+    perform klieo.move_head(f.queue, f.priority, 'infinity', f.first)
+    from (select j.queue, j.priority, min(j.run_at) as first from klieo.jobs j where j.id = any(v_uncounted) group by j.queue, j.priority) f;
+  end if;
+  return query select unnest(v_mine);
 end
 $$;
 comment on function klieo.release_jobs(bigint[], uuid[], boolean[]) is
-  'Makes claimed jobs claimable again at once. The attempt counts, but for those whose handling never began (counted is false).';
+  'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 create function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean default false) returns setof bigint
 language plpgsql

@@ -30,6 +30,8 @@ interface JobRow extends Slotted {
   /** 0: nobody's. */
   token: number
   visibleAt: number
+  /** When it became or becomes due, before it was claimed. */
+  dueAt: number
   lastError: string | undefined
   /** By the clock's `now()`; `undefined` while it is not dead. */
   diedAt: number | undefined
@@ -150,7 +152,7 @@ export class JobTable {
     const row = holding(claim)
     if (!row) return false
     row.lastError = error ?? row.lastError
-    this.#giveBack(row, delayMs)
+    this.#giveBack(row, this.#clock.now() + delayMs)
     return true
   }
 
@@ -162,7 +164,8 @@ export class JobTable {
       row.attempts--
       this.#alarms.clear(row.alarm)
     }
-    this.#giveBack(row, 0)
+    // As if nobody had claimed it, it keeps its place.
+    this.#giveBack(row, counted ? this.#clock.now() : row.dueAt)
   }
 
   deadLetter(claim: MemoryClaim, reason: string): boolean {
@@ -210,6 +213,7 @@ export class JobTable {
       row.diedAt = undefined
       row.attempts = 0
       row.visibleAt = this.#clock.now()
+      row.dueAt = row.visibleAt
       queue.waiting.push(row)
     }
     if (rows.length > 0) this.#ring(queueName)
@@ -251,6 +255,7 @@ export class JobTable {
       attempts: 0,
       token: 0,
       visibleAt: now + delay,
+      dueAt: now + delay,
       lastError: undefined,
       diedAt: undefined,
       slot: -1,
@@ -294,14 +299,15 @@ export class JobTable {
     }
   }
 
-  #giveBack(row: JobRow, delayMs: number): void {
+  #giveBack(row: JobRow, dueAt: number): void {
     row.token = 0
     if (row.attempts >= row.maxAttempts) {
       this.#bury(row)
       return
     }
     this.#leave(row)
-    row.visibleAt = this.#clock.now() + delayMs
+    row.visibleAt = dueAt
+    row.dueAt = dueAt
     row.queue.waiting.push(row)
     this.#ring(row.queue.name)
   }

@@ -37,7 +37,7 @@ export const ACK_JOBS = `
 
 /** $1 id, $2 token */
 export const ACK_JOB = `
-  delete from klieo.jobs where id = $1 and token = $2 returning id::text as id`
+  select klieo.ack_job($1, $2) as done`
 
 /** $1 ids, $2 tokens, $3 delays in ms, $4 errors, $5 whether to pass over locked rows */
 export const NAK_JOBS = `

@@ -302,7 +302,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
 
   async #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
     const [only] = claims
-    if (claims.length === 1 && only) return [(await this.#context.db.query(ACK_JOB, [only.id, only.token], 'ack')).length > 0]
+    if (claims.length === 1 && only) {
+      const [row] = await this.#context.db.query<{ done: boolean }>(ACK_JOB, [only.id, only.token], 'ack')
+      return [row?.done === true]
+    }
     return this.#settle(ACK_JOBS, claims, ['false'], 'ack')
   }
 

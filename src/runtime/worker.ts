@@ -13,7 +13,7 @@ import {
   MAX_CLAIM_LIMIT,
 } from '../core/index.ts'
 import { reconnectDelayMs } from './backoff.ts'
-import { HeldJob } from './claimed-job.ts'
+import { type Claim, HeldJob } from './claimed-job.ts'
 import { errorText } from './error-text.ts'
 import { Pace, Ready } from './prefetch.ts'
 import { Run } from './run.ts'
@@ -177,16 +177,17 @@ export class Worker<Tx = never> implements AsyncDisposable {
   }
 
   #take(jobs: readonly ClaimedJob<Tx>[], asked: number): void {
-    const [first] = jobs
-    if (first && !HeldJob.is(first)) {
-      for (const job of jobs) this.#start(job)
-      return
+    const held: HeldJob<Claim, Tx>[] = []
+    for (const job of jobs) {
+      if (HeldJob.is(job)) held.push(job)
+      else this.#start(job)
     }
-    const held = jobs.filter((job) => HeldJob.is(job))
+    if (jobs.length > 0 && held.length === 0) return
     const tookMs = held[0]?.ageMs ?? 0
     this.#pace.claimed(asked, held.length, tookMs, this.#ready.size === 0)
-    this.#ready.add(held, performance.now() - tookMs)
-    this.#fill()
+    // What has a place is begun however long the claim took; the others wait from their arrival, but for what that took of the lease.
+    this.#ready.add(held, performance.now() - Math.min(tookMs, this.#pace.staleMs / 2))
+    this.#begin()
     this.#watchStale()
   }
 
@@ -195,6 +196,10 @@ export class Worker<Tx = never> implements AsyncDisposable {
     if (this.#ready.size === 0) return
     // The process may have stood still for longer than they may wait.
     if (this.#isStale()) this.#handBackStale()
+    this.#begin()
+  }
+
+  #begin(): void {
     while (this.#free > 0 && this.#unsettled < MOST_UNSETTLED) {
       const job = this.#ready.take()
       if (!job) return
@@ -214,6 +219,8 @@ export class Worker<Tx = never> implements AsyncDisposable {
     const run = new Run(job, performance.now())
     this.#running.add(run)
     this.#tick()
+    // A claim that took long has left little of the lease.
+    if (HeldJob.is(job) && job.ageMs > this.#leaseTtlMs / 3) void run.beat()
     void this.#run(run)
   }
 

@@ -88,7 +88,7 @@ describe('heads', () => {
     for (let n = 0; n < 20; n++) await enqueue('q', `${n}`)
     expect(await claim('q')).toBe('0')
     const known = await heads('q')
-    expect(known?.priorities).toEqual([0])
+    expect(known?.priorities).toContain(0)
     for (let n = 1; n < 20; n++) expect(await claim('q')).toBe(`${n}`)
     expect(await claim('q')).toBeNull()
   })
@@ -97,7 +97,7 @@ describe('heads', () => {
     await deadRows('q')
     await enqueue('q', 'middle')
     expect(await claim('q')).toBe('middle')
-    expect((await heads('q'))?.priorities).toEqual([0])
+    expect((await heads('q'))?.priorities).toContain(0)
     await enqueue('q', 'low', -5)
     await enqueue('q', 'middle')
     await enqueue('q', 'high', 5)
@@ -110,7 +110,7 @@ describe('heads', () => {
     await enqueue('q', 'low', -7)
     await enqueue('q', 'high', 7)
     expect(await claim('q')).toBe('high')
-    expect((await heads('q'))?.priorities).toEqual([7, -7])
+    expect((await heads('q'))?.priorities).toEqual(expect.arrayContaining([7, -7]))
     await enqueue('q', 'between')
     await enqueue('q', 'high', 7)
     expect([await claim('q'), await claim('q'), await claim('q')]).toEqual(['high', 'between', 'low'])
@@ -123,7 +123,7 @@ describe('heads', () => {
     await deadRows('q')
     await enqueue('q', 'first')
     expect(await claim('q')).toBe('first')
-    expect((await heads('q'))?.priorities).toEqual([0])
+    expect((await heads('q'))?.priorities).toContain(0)
     await straggler.query('commit')
     // In bounded time: twenty times what a look from the beginning takes.
     await eventually(async () => expect(await claim('q')).toBe('straggler'), { timeoutMs: 10_000 })
@@ -164,6 +164,78 @@ describe('heads', () => {
   test('J2 without dead rows nothing is noted', async () => {
     for (let n = 0; n < 20; n++) await enqueue('idle', `${n}`)
     for (let n = 0; n < 20; n++) expect(await claim('idle')).toBe(`${n}`)
-    expect((await heads('idle'))?.priorities ?? []).toEqual([])
+    // A machine that was busy in the wrong moment looks like dead rows, until the next look.
+    await eventually(async () => {
+      expect(await claim('idle')).toBeNull()
+      expect((await heads('idle'))?.priorities ?? []).toEqual([])
+    })
+  })
+
+  test('J8 a head does not pass jobs that another claim has only locked', async () => {
+    await deadRows('q')
+    await enqueue('q', 'first')
+    expect(await claim('q')).toBe('first')
+    for (let n = 0; n < 6; n++) await enqueue('q', `${n}`)
+    await observer.query(
+      `insert into ${schema}.job_heads (queue, priorities, heads, looked_at, look_ms)
+       select queue, priorities, heads, now(), 1e6 from ${schema}.job_heads where queue = 'q' order by seq desc limit 1`,
+    )
+    await using other = await rival(connectionString)
+    await other.query('begin')
+    await other.query(`select from ${schema}.jobs where payload in ('0', '1', '2') for update`)
+    // What moves the head: a claim that was slow.
+    expect(await claim('q')).toBe('3')
+    const { rows } = await observer.query(
+      `select ${schema}.move_head('q', 0::smallint, heads[1], ${schema}.head_before((select min(visible_at) from ${schema}.jobs where queue = 'q'), now()))
+       from ${schema}.job_heads where queue = 'q' order by seq desc limit 1`,
+    )
+    expect(rows.length).toBe(1)
+    await other.query('rollback')
+    expect([await claim('q'), await claim('q'), await claim('q'), await claim('q')]).toEqual(['0', '1', '2', '4'])
+  })
+
+  test('J8 a claim that began before a look does not raise what the look has lowered', async () => {
+    await observer.query(
+      `insert into ${schema}.job_heads (queue, priorities, heads, looked_at, look_ms) values ('q', '{0}', array[timestamptz '2020-01-01'], now(), 1e6)`,
+    )
+    await observer.query(`select ${schema}.move_head('q', 0::smallint, '2021-01-01', '2022-01-01')`)
+    expect((await heads('q'))?.heads).toEqual([new Date('2020-01-01')])
+    await observer.query(`select ${schema}.move_head('q', 0::smallint, '2020-01-01', '2022-01-01')`)
+    expect((await heads('q'))?.heads).toEqual([new Date('2022-01-01')])
+  })
+
+  test('J8 what goes back unbegun keeps its place, and a head goes back with it', async () => {
+    const ids = [await enqueue('q', '0'), await enqueue('q', '1'), await enqueue('q', '2')]
+    const { rows } = await observer.query(`select id, token from ${schema}.claim_jobs('q', 'w', 60000, 2)`)
+    await observer.query(
+      `insert into ${schema}.job_heads (queue, priorities, heads, looked_at, look_ms) values ('q', '{0}', array[clock_timestamp()], clock_timestamp(), 1e6)`,
+    )
+    const claimed = rows as { id: string; token: string }[]
+    await observer.query(`select ${schema}.release_jobs($1, $2, '{f,f}')`, [claimed.map(({ id }) => id), claimed.map(({ token }) => token)])
+    const again = await bus.jobs.claimMany('q', 'w', 60_000, { limit: 3 })
+    expect(again.map(({ id }) => id)).toEqual(ids)
+    expect(again.map(({ attempt }) => attempt)).toEqual([1, 1, 1])
+  })
+
+  test('J1 a look that took long, or a clock that was set back, puts the next look off by five seconds at the most', async () => {
+    const due = async (looked: string, lookMs: number) => {
+      const { rows } = await observer.query(`select ${schema}.look_is_due(${looked}, $1) as due`, [lookMs])
+      return (rows[0] as { due: boolean }).due
+    }
+    expect(await due(`now() - interval '6 s'`, 1e6)).toBe(true)
+    expect(await due(`now() - interval '1 s'`, 1e6)).toBe(false)
+    expect(await due(`now() + interval '1 hour'`, 1e6)).toBe(true)
+    expect(await due(`now() - interval '1 s'`, 10)).toBe(true)
+  })
+
+  test('J1 a claim in a transaction that stays open does not keep others from looking', async () => {
+    await deadRows('q')
+    await enqueue('q', 'first')
+    await using open = await rival(connectionString)
+    await open.query('begin')
+    await open.query(`select from ${schema}.claim_jobs('q', 'open', 60000, 1)`)
+    const { rows } = await open.query(`select count(*)::int as n from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()`)
+    expect(rows).toEqual([{ n: 0 }])
+    await open.query('rollback')
   })
 })
