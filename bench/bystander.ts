@@ -7,23 +7,25 @@ import { PostgresBus } from '../dist/index.js'
 const RING_EVERY_MS = 5
 
 const connectionString = process.argv[2]!
+const end = new AbortController()
+let ended = false
 const bus = await PostgresBus.connect({ connectionString })
-const stream = await bus.pubsub.subscribe('bench.bell', 'bench-bystander', { start: 'new' })
-const consuming = (async () => {
-  for await (const msg of stream) await msg.ack()
+const QUEUE = 'bench-bell'
+const waiting = (async () => {
+  // Woken, it looks and finds nothing.
+  while (!ended) await bus.jobs.claim(QUEUE, 'bystander', 30_000, { waitMs: 30_000, signal: end.signal })
 })()
-// Another process as far as the subscriber can tell: its own rings would not travel through the server.
+// Another process as far as the waiting one can tell: its own rings would not travel through the server.
 const other = new pg.Client({ connectionString })
 await other.connect()
 const { rows } = await other.query<{ channel: string }>(`select 'klieo_' || left(encode(sha256('klieo'), 'hex'), 16) as channel`)
 const notify = {
   name: 'ring',
   text: 'select pg_notify($1, $2)',
-  values: [rows[0]!.channel, JSON.stringify({ from: 'bench', topics: ['message:bench.bell'] })],
+  values: [rows[0]!.channel, JSON.stringify({ from: 'bench', topics: [`queue:${QUEUE}`] })],
 }
 
 let ringing = false
-let ended = false
 let rings = 0
 const loop = (async () => {
   while (!ended) {
@@ -42,9 +44,10 @@ process.on('message', (state) => {
 })
 process.on('disconnect', async () => {
   ended = true
+  end.abort()
   await loop
   await other.end()
+  await waiting
   await bus.close()
-  await consuming
 })
 process.send!('ready')

@@ -9,7 +9,7 @@ const QUEUE = 'bench'
 const SUBJECT = 'bench.log'
 const BUCKET = 'bench'
 /** Handlers at once in a drain: enough that claims and acks go in batches of hundreds. */
-export const DRAIN_CONCURRENCY = 500
+export const DRAIN_CONCURRENCY = 1_000
 
 async function version(): Promise<string> {
   const { version } = JSON.parse(await readFile(join(import.meta.dirname, '..', '..', 'package.json'), 'utf8')) as { version: string }

@@ -1,7 +1,7 @@
 /**
- * What wake-ups cost the commits of others: pgbench publishes through SQL, beside it a bus process with a subscriber that is
- * woken as often as a busy process rings, every 5 ms, in transactions that do nothing but notify. The subscriber's own messages
- * are few: their cost is consuming, and not what is measured. Without: the same process and subscriber, nobody rings.
+ * What wake-ups cost the commits of others: pgbench publishes through SQL, beside it a bus process with a waiting claim that is
+ * woken as often as a busy process rings, every 5 ms, in transactions that do nothing but notify. It finds nothing: what it costs
+ * to consume is not what is measured. Without: the same process and claim, nobody rings.
  */
 
 import { type ChildProcess, fork } from 'node:child_process'
