@@ -93,7 +93,9 @@ create table klieo.deliveries (
   final boolean not null default false,
   primary key (consumer_id, seq)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
-create index deliveries_due on klieo.deliveries (consumer_id, visible_at, seq);
+-- On an expression and without seq, so that for a message of a durable no plan, made while the table was empty, can prefer it to the
+-- primary key.
+create index deliveries_due on klieo.deliveries ((consumer_id + 0), visible_at);
 -- For the reaper.
 create index deliveries_final on klieo.deliveries (visible_at) where final;
 comment on table klieo.deliveries is 'Messages that are handed out and not settled, or wait to be handed out again.';

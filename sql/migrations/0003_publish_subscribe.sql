@@ -218,7 +218,7 @@ begin
     raise exception 'the database was restored from a dump' using errcode = 'KB004';
   end if;
   select coalesce(bool_or(not d.final), false), coalesce(bool_or(d.final), false) into v_due, v_final
-  from klieo.deliveries d where d.consumer_id = fetch_messages.consumer and d.visible_at <= v_now;
+  from klieo.deliveries d where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now;
 
   if v_due or c.hi is not null or c.last_active_at < v_now - interval '30 seconds' or klieo.window_has_message(c.lo, v_hi) then
     select o.* into c from klieo.consumer_offsets o where o.id = fetch_messages.consumer for no key update;
@@ -230,7 +230,7 @@ begin
       with due as materialized (
         select d.tx, d.seq, d.visible_at
         from klieo.deliveries d
-        where d.consumer_id = fetch_messages.consumer and d.visible_at <= v_now and not d.final
+        where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now and not d.final
         order by d.visible_at, d.seq
         limit fetch_messages.max_messages
         for no key update skip locked
@@ -385,7 +385,7 @@ begin
         case when v_full then 50 end,
         (select extract(epoch from d.visible_at - clock_timestamp()) * 1000
          from klieo.deliveries d
-         where d.consumer_id = fetch_messages.consumer and d.visible_at > v_now
+         where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at > v_now
          order by d.visible_at
          limit 1))::double precision;
 end
@@ -407,7 +407,7 @@ begin
   with ended as materialized (
     select d.seq
     from klieo.deliveries d
-    where d.consumer_id = bury_deliveries.consumer and d.visible_at <= (select clock_timestamp()) and d.final
+    where d.consumer_id + 0 = bury_deliveries.consumer and d.visible_at <= (select clock_timestamp()) and d.final
     order by d.visible_at
     limit bury_deliveries.max_messages
     for update skip locked
