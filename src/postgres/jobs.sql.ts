@@ -6,6 +6,12 @@ export const ENQUEUE = `
   from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
     $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
 
+/** The same on the bus's own connection, in one row: the ids in the order of the jobs, joined by commas. */
+export const ENQUEUE_MANY = `
+  select string_agg(e.id::text, ',') as ids
+  from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
+    $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
+
 /** A job with nothing but a payload. $1 queue, $2 payload */
 export const ENQUEUE_PLAIN = `
   insert into klieo.jobs (queue, run_at, visible_at, payload) values ($1, clock_timestamp(), clock_timestamp(), $2) returning id::text as id`

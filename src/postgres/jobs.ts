@@ -34,6 +34,7 @@ import {
   CLAIM,
   DEAD_LETTER_JOBS,
   ENQUEUE,
+  ENQUEUE_MANY,
   ENQUEUE_ONE,
   ENQUEUE_PLAIN,
   HEARTBEAT_JOB,
@@ -261,9 +262,9 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
 
   async #enqueue(enqueues: readonly Enqueue[]): Promise<JobId[]> {
     if (enqueues.length === 1 && enqueues[0]?.job.dedupKey === undefined) return [await this.#enqueueOne(enqueues[0] as Enqueue)]
-    const rows = await this.#context.db.query<EnqueueRow>(ENQUEUE, enqueueParameters(enqueues), 'enqueue')
+    const [row] = await this.#context.db.query<{ ids: string }>(ENQUEUE_MANY, enqueueParameters(enqueues), 'enqueue')
     this.#context.ringer.ring(topics(enqueues))
-    return rows.map(({ id }) => id)
+    return row?.ids.split(',') ?? []
   }
 
   async #enqueueOne({ queue, job }: Enqueue): Promise<JobId> {
