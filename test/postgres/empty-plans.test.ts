@@ -44,6 +44,10 @@ test('P5 redeliveries are found by their time', async () => {
 })
 
 test('J6 jobs are settled by their primary key', async () => {
+  const one = 'delete from jobs j where j.id = $1 and j.token = $2'
+  expect(await indexes('job', 'bigint, uuid', one, '1, null')).toEqual(['jobs_pkey'])
+  const { rows } = await observer.query(`select proconfig from pg_proc where oid = 'ack_job'::regproc`)
+  expect((rows[0] as { proconfig: string[] }).proconfig).toContain('enable_seqscan=off')
   const many = 'delete from jobs j where j.id = any($1) and j.token = any($2)'
   expect(await indexes('jobs', 'bigint[], uuid[]', many, `'{1}', '{}'`)).toEqual(['jobs_pkey'])
 })
