@@ -49,6 +49,8 @@ export type Call =
       readonly delayMs?: number
       readonly tx?: string
     }
+  /** A worker or a closing bus gives a job back that nobody has begun: its attempt may be taken back, and the number used again. */
+  | { readonly do: 'jobPutBack'; readonly job: string; readonly attempt: number }
   | { readonly do: 'lease'; readonly key: string; readonly ttlMs: number; readonly waitMs: number }
   | { readonly do: 'leaseHeartbeat' | 'leaseRelease'; readonly key: string; readonly fence: number; readonly ttlMs: number }
   | { readonly do: 'get'; readonly key: string }
@@ -168,6 +170,23 @@ export class Recorder {
       return result
     } catch (error) {
       this.write({ kind: 'err', op, at: now(), ...refusal(error) })
+      throw error
+    }
+  }
+
+  /** The same for a call of the bus that does many things, all or none: each is an operation of its own. */
+  async callMany<T>(calls: readonly Call[], make: () => Promise<readonly T[]>, answer: (result: T) => Answers[keyof Answers]): Promise<void> {
+    const ops = calls.map(() => ++this.#ops)
+    calls.forEach((call, n) => {
+      this.write({ kind: 'call', op: ops[n]!, at: now(), call })
+    })
+    try {
+      const results = await make()
+      ops.forEach((op, n) => {
+        this.write({ kind: 'ok', op, at: now(), answer: answer(results[n]!) })
+      })
+    } catch (error) {
+      for (const op of ops) this.write({ kind: 'err', op, at: now(), ...refusal(error) })
       throw error
     }
   }
