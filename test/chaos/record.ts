@@ -59,8 +59,8 @@ export type Call =
   | { readonly do: 'cas'; readonly key: string; readonly value: string; readonly expected: number | null; readonly tx?: string }
   | { readonly do: 'delete'; readonly key: string; readonly expected?: number; readonly tx?: string }
   | { readonly do: 'request'; readonly id: string; readonly subject: string; readonly timeoutMs: number }
-  /** A bus closes: what it held goes back at once. */
-  | { readonly do: 'close'; readonly member: string }
+  /** A bus closes: what it held goes back at once. With `stream` only that one does: what it had not yielded goes back, uncounted. */
+  | { readonly do: 'close'; readonly member: string; readonly stream?: string }
 
 /** What a call that succeeded answered, by `do`. Those that are not listed answer nothing. */
 export interface Answers {
@@ -93,7 +93,10 @@ export type Entry =
       readonly retryable: boolean
       readonly actual?: number | null
     }
-  /** A stream yielded a message. `stream` names this stream of this process; `id` was read from the payload; `ackWaitMs` is the durable's. */
+  /**
+   * A stream yielded a message. `stream` names this stream of this process; `id` was read from the payload; `ackWaitMs` is the
+   * durable's. `handedOutAfter`: where the stream holds one message at a time, the time at which it was asked for this one.
+   */
   | {
       readonly kind: 'delivered'
       readonly at: number
@@ -106,6 +109,7 @@ export type Entry =
       readonly seq: number
       readonly attempt: number
       readonly dlq?: Readonly<Record<string, string>>
+      readonly handedOutAfter?: number
     }
   /** A responder began with a request. */
   | { readonly kind: 'handling'; readonly at: number; readonly id: string }
