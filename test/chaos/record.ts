@@ -179,7 +179,11 @@ export class Recorder {
   }
 
   /** The same for a call of the bus that does many things, all or none: each is an operation of its own. */
-  async callMany<T>(calls: readonly Call[], make: () => Promise<readonly T[]>, answer: (result: T) => Answers[keyof Answers]): Promise<void> {
+  async callMany<T>(
+    calls: readonly Call[],
+    make: () => Promise<readonly T[]>,
+    answer: (result: T) => Answers[keyof Answers],
+  ): Promise<void> {
     const ops = calls.map(() => ++this.#ops)
     calls.forEach((call, n) => {
       this.write({ kind: 'call', op: ops[n]!, at: now(), call })
