@@ -297,8 +297,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   }
 
   #release(releases: readonly Release[]): Promise<boolean[]> {
-    const claims = releases.map(({ claim }) => claim)
-    return this.#settle(RELEASE_JOBS, claims, [pgArray(releases.map(({ counted }) => String(counted)))], 'release')
+    return this.#settleLast(releases, (last) => {
+      const claims = last.map(({ claim }) => claim)
+      return this.#settle(RELEASE_JOBS, claims, [pgArray(last.map(({ counted }) => String(counted)))], 'release')
+    })
   }
 
   async #ack(claims: readonly PgClaim[]): Promise<boolean[]> {
@@ -307,16 +309,47 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       const [row] = await this.#context.db.query<{ done: boolean }>(ACK_JOB, [only.id, only.token], 'ack')
       return [row?.done === true]
     }
-    return this.#settle(ACK_JOBS, claims, ['false'], 'ack')
+    const acks = claims.map((claim) => ({ claim }))
+    return this.#settleLast(acks, (last) => {
+      return this.#settle(
+        ACK_JOBS,
+        last.map(({ claim }) => claim),
+        ['false'],
+        'ack',
+      )
+    })
   }
 
   #nak(naks: readonly Nak[], noWait: boolean): Promise<boolean[]> {
-    const claims = naks.map(({ claim }) => claim)
-    const more = [pgArray(naks.map(({ delayMs }) => delayMs)), pgArray(naks.map(({ error }) => error ?? null)), String(noWait)]
-    return this.#settle(NAK_JOBS, claims, more, 'nak')
+    return this.#settleLast(naks, (last) => {
+      const claims = last.map(({ claim }) => claim)
+      const more = [pgArray(last.map(({ delayMs }) => delayMs)), pgArray(last.map(({ error }) => error ?? null)), String(noWait)]
+      return this.#settle(NAK_JOBS, claims, more, 'nak')
+    })
   }
 
-  /** @returns for each claim whether its token was still valid */
+  /**
+   * A process that claims its own job again may settle both claims in one batch, and the server answers with the ids of jobs.
+   * Only the last claim can still be valid, so the others are refused without asking.
+   */
+  async #settleLast<S extends { readonly claim: PgClaim }>(
+    settlements: readonly S[],
+    settle: (last: readonly S[]) => Promise<boolean[]>,
+  ): Promise<boolean[]> {
+    const last = new Map<string, S>()
+    for (const settlement of settlements) {
+      const { id, fence } = settlement.claim
+      const other = last.get(id)
+      if (!other || other.claim.fence < fence) last.set(id, settlement)
+    }
+    if (last.size === settlements.length) return settle(settlements)
+    const asked = [...last.values()]
+    const answers = await settle(asked)
+    const valid = new Set(asked.filter((_, n) => answers[n]))
+    return settlements.map((settlement) => valid.has(settlement))
+  }
+
+  /** @returns for each claim whether its token was still valid; no job stands there twice */
   async #settle(text: string, claims: readonly PgClaim[], more: readonly unknown[], doing: string): Promise<boolean[]> {
     const rows = await this.#context.db.query<{ id: string }>(text, [...keys(claims), ...more], doing)
     if (rows.length === claims.length) return claims.map(() => true)

@@ -216,6 +216,26 @@ describe('a job in its last attempt', () => {
 })
 
 describe('settlements of many at once', () => {
+  test('J6 of two acks of one job by the process that claimed it twice, the older is refused and the newer stands', async () => {
+    const { queue, job: first } = await claimed(SHORT_MS)
+    const second = await claim(bus, queue, LONG_MS)
+    expect(await Promise.all([first, second].map((job) => outcome(job.ack())))).toEqual(['lease_lost', 'ok'])
+    expect(await left(queue)).toBe(0)
+    const { queue: another, job: older } = await claimed(SHORT_MS)
+    const newer = await claim(bus, another, LONG_MS)
+    expect(await Promise.all([newer, older].map((job) => outcome(job.ack())))).toEqual(['ok', 'lease_lost'])
+    expect(await left(another)).toBe(0)
+  })
+
+  test('J6 of two naks of one job by the process that claimed it twice, the delay of the newer counts', async () => {
+    const { queue, job: first } = await claimed(SHORT_MS)
+    const second = await claim(bus, queue, LONG_MS)
+    expect(await Promise.all([outcome(first.nak(LONG_MS)), outcome(second.nak(0))])).toEqual(['lease_lost', 'ok'])
+    const third = await claim(other, queue, LONG_MS)
+    expect(third.attempt).toBe(3)
+    await third.ack()
+  })
+
   test('J2 batches of shuffled ids from eight clients never reach the caller as a deadlock', async () => {
     const queue = freshQueue()
     await bus.jobs.enqueueMany(
