@@ -103,12 +103,14 @@ export class Fates {
 
   /** Whether those whose commit was not answered have committed, by what can be seen of them. */
   #decide(history: History): void {
-    const seen = (op: Op, yes: boolean) => {
+    // By the end of the run whatever can be seen then has taken effect.
+    const atTheEnd = history.lastAt + 1
+    const seen = (op: Op, yes: boolean, to = atTheEnd) => {
       const tx = 'tx' in op.call ? op.call.tx : undefined
       if (tx === undefined || !op.ok || this.of(op).fate !== 'maybe') return
       const name = tx.split('/')[0] as string
       const { commits, effect } = this.#transactions.get(name) as Transaction
-      this.#transactions.set(name, { commits, effect: yes ? { ...effect, fate: 'yes' } : NEVER })
+      this.#transactions.set(name, { commits, effect: yes ? { ...effect, fate: 'yes', to } : NEVER })
     }
     const stored = new Map(history.final.messages.map(({ seq, id }) => [seq, id]))
     for (const op of history.publishes) {

@@ -58,7 +58,7 @@ class Reader {
   }
 
   register(lastAt: number, final: { readonly value: string; readonly revision: number } | undefined): Register {
-    const after = { from: lastAt + 1, to: lastAt + 1, what: `at the end: ${final ? JSON.stringify(final) : 'absent'}` }
+    const after = { from: lastAt + 2, to: lastAt + 2, what: `at the end: ${final ? JSON.stringify(final) : 'absent'}` }
     this.#reads.push({ ...after, revision: final?.revision ?? null })
     this.#see(final ? [{ ...final, what: after.what }] : [])
     const inTransactions = new Map<string, Op<KeyCall>[]>()
