@@ -11,7 +11,7 @@ import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
 import { BusError, closedError, invalid, isBusError, kindOf } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
-import { isTransient, sqlState, toBusError } from './errors.ts'
+import { isNotifyQueueFull, isTransient, sqlState, toBusError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
 import { type Sockets, takeClient } from './sockets.ts'
 
@@ -37,6 +37,8 @@ const CLOSE_MS = 300
  * waits for another's transaction, and that one may be sent again.
  */
 const SILENT_MS = 30_000
+/** How often a full notification queue is asked whether it is still full. */
+const QUEUE_ASKED_EVERY_MS = 500
 /** For a connection, and for each lock of a repair. */
 const CHECK_MS = 5_000
 
@@ -77,6 +79,7 @@ export class Database {
   #looking: Promise<void> | undefined
   #lookingBeside: Promise<void> | undefined
   #closed = false
+  #queueAskedAt = Number.NEGATIVE_INFINITY
 
   /** @param sockets those of an own pool */
   constructor(pool: pg.Pool, ownsPool: boolean, schema: string, sockets: Sockets, prepare = true) {
@@ -288,6 +291,13 @@ export class Database {
     }
     if (state === 'KB004') {
       await this.repair()
+      return true
+    }
+    // Postgres frees what all have read when somebody notifies, and while the queue is full nobody can: it would stay full for ever.
+    // Asking how full it is frees it, too.
+    if (isNotifyQueueFull(error) && performance.now() >= this.#queueAskedAt + QUEUE_ASKED_EVERY_MS) {
+      this.#queueAskedAt = performance.now()
+      await this.#send('select pg_notification_queue_usage()', [], 'notify').catch(() => {})
       return true
     }
     return false

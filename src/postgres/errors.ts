@@ -69,7 +69,7 @@ export function sqlState(error: unknown): string | undefined {
 
 /** The statement may be sent again without its notification: consumers poll. */
 export function isNotifyQueueFull(error: unknown): boolean {
-  return error instanceof BusError && error.code === 'unavailable' && NOTIFY_QUEUE_TEXT.test(error.message)
+  return error instanceof Error && NOTIFY_QUEUE_TEXT.test(error.message)
 }
 
 /** @param doing what was being done, for the message */
