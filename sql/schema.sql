@@ -1033,7 +1033,7 @@ AS $function$
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean DEFAULT false)
- RETURNS timestamp with time zone
+ RETURNS TABLE(until timestamp with time zone, extended boolean)
  LANGUAGE plpgsql
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
@@ -1047,18 +1047,23 @@ declare
 begin
   if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], true)) = 0 then
     select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
-    if not found or heartbeat_job.no_wait or v_until > clock_timestamp() then
-      return v_until;
+    if not found then
+      return;
+    end if;
+    if heartbeat_job.no_wait or v_until > clock_timestamp() then
+      return query select v_until, false;
+      return;
     end if;
     if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], false)) = 0 then
-      return null;
+      return;
     end if;
   end if;
-  update klieo.jobs j
-  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
-  where j.id = heartbeat_job.id
-  returning j.visible_at into v_until;
-  return v_until;
+  -- The end need not move: after the clock was set back it lies beyond what was asked for.
+  return query
+    update klieo.jobs j
+    set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+    where j.id = heartbeat_job.id
+    returning j.visible_at, true;
 end
 $function$;
 
@@ -2553,7 +2558,7 @@ comment on function klieo.filter_pattern(filter text) is 'The regular expression
 
 comment on function klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone) is 'The head to note after the first job was found there; null: none was.';
 
-comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end and whether it could be extended, or no row when it is lost.';
 
 comment on function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint) is 'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
 

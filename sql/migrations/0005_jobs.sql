@@ -640,7 +640,8 @@ comment on function klieo.dead_letter_jobs(bigint[], uuid[], text[], boolean) is
 -- A heartbeat must not wait behind an ack in somebody's open transaction. Where the row is locked and still has our token, and
 -- the lease is not over, it is such an ack: the lease is the holder's, and nothing is extended. Where the lease is over it may
 -- also be a claim that is about to commit, so that is waited for, unless the holder (no_wait) knows of an ack of his own.
-create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean default false) returns timestamptz
+create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean default false)
+returns table (until timestamptz, extended boolean)
 language plpgsql
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -653,21 +654,26 @@ declare
 begin
   if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], true)) = 0 then
     select j.visible_at into v_until from klieo.jobs j where j.id = heartbeat_job.id and j.token = heartbeat_job.token;
-    if not found or heartbeat_job.no_wait or v_until > clock_timestamp() then
-      return v_until;
+    if not found then
+      return;
+    end if;
+    if heartbeat_job.no_wait or v_until > clock_timestamp() then
+      return query select v_until, false;
+      return;
     end if;
     if cardinality(klieo.settle_jobs(array[heartbeat_job.id], array[heartbeat_job.token], false)) = 0 then
-      return null;
+      return;
     end if;
   end if;
-  update klieo.jobs j
-  set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
-  where j.id = heartbeat_job.id
-  returning j.visible_at into v_until;
-  return v_until;
+  -- The end need not move: after the clock was set back it lies beyond what was asked for.
+  return query
+    update klieo.jobs j
+    set visible_at = greatest(j.visible_at, clock_timestamp() + make_interval(secs => heartbeat_job.lease_ttl_ms / 1000.0))
+    where j.id = heartbeat_job.id
+    returning j.visible_at, true;
 end
 $$;
-comment on function klieo.heartbeat_job(bigint, uuid, bigint, boolean) is 'Extends a lease, never shortening it; answers its end, or null when it is lost.';
+comment on function klieo.heartbeat_job(bigint, uuid, bigint, boolean) is 'Extends a lease, never shortening it; answers its end and whether it could be extended, or no row when it is lost.';
 
 create function klieo.retry_dead(queue text, id bigint default null) returns bigint
 language plpgsql as $$

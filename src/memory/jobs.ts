@@ -136,7 +136,8 @@ export class MemoryJobs implements JobQueue {
     heartbeat: async (claim, ttlMs) => {
       const { store } = this.#context
       await store.turn()
-      return store.jobs.heartbeat(claim, ttlMs)
+      const end = store.jobs.heartbeat(claim, ttlMs)
+      return end && { expiresAt: end, extended: true }
     },
     release: async (claim, counted) => {
       const { store } = this.#context

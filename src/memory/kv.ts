@@ -165,7 +165,8 @@ export class MemoryKv implements KvStore {
         heartbeat: async () => {
           this.#context.checkOpen()
           await store.turn()
-          return store.entries.heartbeatLease(name, fence, ttlMs)
+          const end = store.entries.heartbeatLease(name, fence, ttlMs)
+          return end && { expiresAt: end, extended: true }
         },
         release,
       },

@@ -59,4 +59,5 @@ export const RELEASE_JOBS = `
 
 /** $1 id, $2 token, $3 lease in ms, $4 whether to pass over a locked row */
 export const HEARTBEAT_JOB = `
-  select extract(epoch from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3, $4)) * 1000 as expires_at_ms`
+  select extract(epoch from h.until) * 1000 as expires_at_ms, h.extended
+  from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3, $4) h`

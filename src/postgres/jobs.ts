@@ -243,12 +243,12 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       return done === true
     },
     heartbeat: async (claim, ttlMs, noWait) => {
-      const [row] = await this.#context.db.query<{ expires_at_ms: string | null }>(
+      const [row] = await this.#context.db.query<{ expires_at_ms: string; extended: boolean }>(
         HEARTBEAT_JOB,
         [claim.id, claim.token, ttlMs, noWait],
         'heartbeat',
       )
-      return row?.expires_at_ms == null ? null : new Date(Number(row.expires_at_ms))
+      return row ? { expiresAt: new Date(Number(row.expires_at_ms)), extended: row.extended } : null
     },
     whereabouts: async (claim) => {
       const [row] = await this.#context.db.query<{ whereabouts: Whereabouts }>(JOB_WHEREABOUTS, [claim.id, claim.token], 'settle')

@@ -299,8 +299,8 @@ export class PostgresKv implements KvStore<PostgresTx> {
     const [row] = await db.query<{ fence: number; expires_at_ms: string }>(LEASE, [bucket, key, token, instance, ttlMs], 'lease')
     if (!row) return undefined
     const release = async () => {
-      this.#leases.delete(lease)
       await db.query(LEASE_RELEASE, [bucket, key, token], 'release')
+      this.#leases.delete(lease)
       ringer.ring([{ kind: 'lease', name: `${bucket}/${key}` }])
     }
     const lease: HeldLease = new HeldLease(
@@ -311,7 +311,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
         heartbeat: async () => {
           this.#context.checkOpen()
           const [beat] = await db.query<{ expires_at_ms: string }>(LEASE_HEARTBEAT, [bucket, key, token, ttlMs], 'heartbeat')
-          if (beat) return new Date(Number(beat.expires_at_ms))
+          if (beat) return { expiresAt: new Date(Number(beat.expires_at_ms)), extended: true }
           this.#leases.delete(lease)
           return null
         },

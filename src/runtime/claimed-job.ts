@@ -13,7 +13,7 @@ import {
 } from '../core/index.ts'
 import { retryDelayMs } from './backoff.ts'
 import type { Clock } from './clock.ts'
-import { HeldLease, type LeaseBackend } from './lease.ts'
+import { type Beat, HeldLease, type LeaseBackend } from './lease.ts'
 import { Settlement, type Whereabouts } from './settlement.ts'
 
 /** A job as a backend claimed it. */
@@ -34,10 +34,10 @@ export interface ClaimBackend<C, Tx> {
   nak(claim: C, delayMs: number, error: string | undefined, noWait: boolean): Promise<boolean>
   deadLetter(claim: C, reason: string, noWait: boolean): Promise<boolean>
   /**
-   * The expiry, or `null` when somebody else claimed it or it is gone.
+   * `null` when somebody else claimed it or it is gone.
    * @param noWait do not wait for who has locked the job: where it is still the holder's, answer its expiry as it is
    */
-  heartbeat(claim: C, ttlMs: number, noWait: boolean): Promise<Date | null>
+  heartbeat(claim: C, ttlMs: number, noWait: boolean): Promise<Beat | null>
   /**
    * Claimable again at once.
    * @param counted false: nobody began to handle it, and the attempt is taken back
@@ -205,10 +205,7 @@ class Claimed<C extends Claim, Tx> extends Settlement implements LeaseBackend {
     this.#checkOpen()
     const { clock, ttlMs } = this.#context
     const askedAt = clock.now()
-    const before = this.lease.expiresAt
-    await this.lease.heartbeat()
-    if (this.lease.expiresAt <= before) return
-    this.deadline = Math.max(this.deadline, askedAt + ttlMs)
+    if (await this.lease.beat()) this.deadline = Math.max(this.deadline, askedAt + ttlMs)
   }
 
   async handBack(): Promise<void> {
@@ -230,7 +227,7 @@ class Claimed<C extends Claim, Tx> extends Settlement implements LeaseBackend {
   }
 
   /** For the lease. */
-  async heartbeat(): Promise<Date | null> {
+  async heartbeat(): Promise<Beat | null> {
     this.#checkOpen()
     return this.#context.backend.heartbeat(this.claim, this.#context.ttlMs, this.inTransaction)
   }
@@ -238,8 +235,13 @@ class Claimed<C extends Claim, Tx> extends Settlement implements LeaseBackend {
   /** For the lease: the holder had it in hands, and so the attempt counts. */
   async release(): Promise<void> {
     if (!this.abandon()) return
+    try {
+      await this.#context.backend.release(this.claim, true)
+    } catch (error) {
+      this.takeBack()
+      throw error
+    }
     this.#context.onEnd(this.#job)
-    await this.#context.backend.release(this.claim, true)
   }
 
   /** For the lease. */

@@ -12,9 +12,18 @@ export interface LeaseGrant {
   readonly askedAt: number
 }
 
+export interface Beat {
+  readonly expiresAt: Date
+  /**
+   * Whether the holder has the ttl from now. False: an ack in an open transaction holds it. The expiry does not tell: after the server's
+   * clock was set back it stays where it is, or is an earlier one.
+   */
+  readonly extended: boolean
+}
+
 export interface LeaseBackend {
-  /** The new expiry, or `null` when the lease is lost. */
-  heartbeat(): Promise<Date | null>
+  /** `null` when the lease is lost. */
+  heartbeat(): Promise<Beat | null>
   release(): Promise<void>
   /** Told when it is known to be lost, with the reason. */
   onLost?(reason: unknown): void
@@ -37,6 +46,8 @@ export class HeldLease implements Lease {
   #expiresAt: Date
   #ended = false
   #closed = false
+  /** The server may hold it still: released again, it is told again. */
+  #releaseFailed = false
   #lost: { readonly reason: unknown } | undefined
 
   constructor(what: string | Described, clock: Clock, grant: LeaseGrant, backend: LeaseBackend) {
@@ -62,29 +73,37 @@ export class HeldLease implements Lease {
   }
 
   async heartbeat(): Promise<void> {
+    await this.beat()
+  }
+
+  /** @returns whether it was extended */
+  async beat(): Promise<boolean> {
     if (this.#closed) throw closedError('the bus')
     if (this.#ended) throw this.#leaseLost()
     const askedAt = this.#clock.now()
-    const expiresAt = await this.#backend.heartbeat()
-    if (expiresAt === null) {
+    const beat = await this.#backend.heartbeat()
+    if (beat === null) {
       const error = this.#leaseLost()
       this.lost(error)
       throw error
     }
-    // Not extended (an ack in an open transaction holds the row): nothing moves.
-    if (this.#ended || expiresAt <= this.#expiresAt) return
-    this.#expiresAt = expiresAt
+    if (this.#ended || !beat.extended) return false
+    this.#expiresAt = beat.expiresAt
     this.#watch(askedAt)
+    return true
   }
 
   async release(): Promise<void> {
-    if (this.#ended) return
+    if (this.#ended && !this.#releaseFailed) return
     this.end()
+    this.#releaseFailed = false
     try {
       await this.#backend.release()
     } catch (error) {
       // The bus hands back what is held when it closes.
-      if (!isBusError(error, 'closed')) throw error
+      if (isBusError(error, 'closed')) return
+      this.#releaseFailed = true
+      throw error
     }
   }
 

@@ -109,6 +109,11 @@ export abstract class Settlement {
     return true
   }
 
+  /** What was abandoned could not be given back. */
+  protected takeBack(): void {
+    this.#state = 'open'
+  }
+
   /** After an ack in a transaction: that one has ended it, or is still open; or it was rolled back, and the lease is lost. */
   async #refused(): Promise<Error> {
     const found = await this.whereabouts()

@@ -203,7 +203,7 @@ describe('settling while somebody else is being given the message', () => {
     await job.ack({ tx })
     // What a heartbeat sends that was under way already when the ack was called.
     await beating.query(`set lock_timeout = '2s'`)
-    const beat = beating.query(`select ${schema}.heartbeat_job($1, $2, 30000) as until`, [job.id, rows[0]!.token])
+    const beat = beating.query(`select until from ${schema}.heartbeat_job($1, $2, 30000)`, [job.id, rows[0]!.token])
     expect((await beat).rows[0].until).not.toBeNull()
     await tx.query('commit')
   })
