@@ -182,6 +182,17 @@ describe('jobs are claimed', () => {
     record.settleJob('jobAck', '7', 2, 2_300, 2_301)
   })
 
+  test('J2 a job that was put back and claimed in the same attempt has leases that cannot be told apart', async () => {
+    const record = new Invented()
+    claimed(record)
+    record.call({ do: 'jobPutBack', job: '7', attempt: 1 }, 12, 13)
+    record.claimed('7', 'j1', 1, 20, 21)
+    record.settleJob('jobNak', '7', 1, 500, 501)
+    record.claimed('7', 'j1', 2, 600, 601)
+    record.settleJob('jobAck', '7', 2, 700, 701)
+    expect((await record.check()).violations).toEqual([])
+  })
+
   caught('J2 a claim while a lease was live', 'jobs: leases', (record, breaks) => {
     claimed(record)
     if (!breaks) record.settleJob('jobNak', '7', 1, 12, 13, { err: 'connection' })

@@ -43,7 +43,7 @@ export function simulate(seed: number, calls: number, changes = 0): Register {
     const isLost = roll(12) === 0
     const early = { from: now - roll(200) }
     const guess: number | null = roll(3) === 0 ? Math.max(1, revision - roll(3)) : current
-    switch (roll(7)) {
+    switch (roll(8)) {
       case 0:
       case 1:
         if (isLost) {
@@ -85,6 +85,21 @@ export function simulate(seed: number, calls: number, changes = 0): Register {
           made.deletions.push(span)
         }
         break
+      case 7:
+        // In a transaction: it found nothing, or holds the key until its commit, which is now.
+        if (current === null) {
+          const commit = now + 40 + roll(60)
+          made.deletions.push({
+            from: commit,
+            to: commit + roll(30),
+            at: { from: span.from, to: span.to },
+            what: `call ${n} in a transaction`,
+          })
+        } else {
+          current = null
+          made.deletions.push({ ...span, at: { from: now - 60 - roll(30), to: now - 31 - roll(20) } })
+        }
+        break
       case 4:
         if (guess === null) break
         if (isLost) {
@@ -111,7 +126,10 @@ function change(made: Mutable, roll: (below: number) => number, calls: number): 
   const spans = kinds[roll(kinds.length)] as (Write | Read | Deletion)[]
   const n = roll(spans.length)
   const from = roll(calls * 10)
-  spans[n] = { ...(spans[n] as Write), from, to: from + roll(30), what: 'moved' }
+  const span = spans[n] as Deletion
+  // A commit comes after the calls of its transaction.
+  const at = span.at && { at: { from: from - 20 - roll(40), to: from - 1 - roll(19) } }
+  spans[n] = { ...span, from, to: from + roll(30), what: 'moved', ...at } as Write
 }
 
 export type Fault = 'lost update' | 'stale read' | 'resurrected value' | 'reused revision'
@@ -167,7 +185,17 @@ interface Step {
  * Tries every order. An effect of unknown fate is tried at every place and left out; a write of unknown fate is tried with every
  * revision that was seen and is nobody's, and with one that nobody saw.
  */
-export function bruteForce({ writes, reads, deletions, maybeDeleted, maybeWritten, phantoms }: Register): boolean {
+export function bruteForce(register: Register): boolean {
+  // A deletion in a transaction did nothing when it was asked for, or took effect with its commit.
+  const n = register.deletions.findIndex(({ at }) => at !== undefined)
+  if (n < 0) return tryAll(register)
+  const { from, to, at, what } = register.deletions[n] as Deletion
+  const others = register.deletions.filter((_, k) => k !== n)
+  const didNothing = { ...register, deletions: others, reads: [...register.reads, { from, to, ...at, what, revision: null }] }
+  return bruteForce(didNothing) || bruteForce({ ...register, deletions: [...others, { from, to, what, finds: true } as Deletion] })
+}
+
+function tryAll({ writes, reads, deletions, maybeDeleted, maybeWritten, phantoms }: Register): boolean {
   const known = new Set([...writes.map(({ revision }) => revision), ...phantoms])
   if (known.size < writes.length + phantoms.length) return false
   const fits = (expected: number | null | undefined, state: number | null) => expected === undefined || expected === state
@@ -182,7 +210,9 @@ export function bruteForce({ writes, reads, deletions, maybeDeleted, maybeWritte
   const steps: Step[] = [
     ...writes.map((write) => must(write, (state) => (fits(write.expected, state) ? [write.leavesAbsent ? null : write.revision] : []))),
     ...reads.map((read) => must(read, (state) => (state === read.revision ? [state] : []))),
-    ...deletions.map((deletion) => must(deletion, (state) => (fits(deletion.expected, state) ? [null] : []))),
+    ...deletions.map((deletion) =>
+      must(deletion, (state) => (fits(deletion.expected, state) && (state !== null || !('finds' in deletion)) ? [null] : [])),
+    ),
     ...maybeDeleted.map((deletion) => may(deletion, (state) => (fits(deletion.expected, state) ? [null] : []))),
     ...maybeWritten.map((write) => may(write, (state) => (fits(write.expected, state) ? [UNSEEN, ...phantoms] : []))),
   ]

@@ -13,7 +13,8 @@
  *
  * Deletions have no revision. Of those that must be placed, the one whose answer came first is taken: they are all alike, and the
  * others keep longer. Of those that nobody knows the end of any will do, since none of them runs out; one with an expected revision
- * can only have happened at that revision.
+ * can only have happened at that revision. One in a transaction did nothing when it was asked for, or takes effect with its commit;
+ * which of the two is decided when nothing else can be placed before its answer.
  *
  * A write of unknown fate that nobody ever saw is left out: it could be taken out of any order that holds it. One whose value was
  * read has its revision from there. A revision that was seen, but not its value, is a step that takes some write of unknown fate:
@@ -45,7 +46,7 @@ export interface Read extends Span {
 /** @property at of a deletion in a transaction: when it was asked for. It did nothing if the key was absent then. */
 export interface Deletion extends Span {
   readonly expected?: number
-  readonly at?: { readonly from: number; readonly to: number }
+  readonly at?: Omit<Span, 'what'>
 }
 
 /** A write of unknown fate that nobody read. */
@@ -97,11 +98,16 @@ interface State {
   readonly maybe: number
   readonly puts: number
   readonly creates: number
-  /** The latest call of all that was placed. */
-  readonly low: number
+  /** Deletions in transactions: all below `inTx` were placed, and of the next ones `marks` says what is decided. */
+  readonly inTx: number
+  readonly marks: string
 }
 
 const NOT_YET = Number.POSITIVE_INFINITY
+/** What is decided of a deletion in a transaction. */
+const OPEN = 'o'
+const WITH_COMMIT = 'c'
+const DONE = 'd'
 
 export function linearizable(register: Register): Verdict {
   return new Search(register).run()
@@ -115,13 +121,13 @@ class Search {
   readonly #nullEnds: readonly number[]
   readonly #deletions: readonly Deletion[]
   readonly #deletionEnds: readonly number[]
+  readonly #inTx: readonly Deletion[]
+  readonly #inTxEnds: readonly number[]
   readonly #maybe: readonly number[]
   readonly #maybeAt: ReadonlyMap<number, number>
   readonly #puts: readonly number[]
   readonly #creates: readonly number[]
   readonly #updates: ReadonlyMap<number, number>
-  /** Whether it matters how late it is already: only to deletions in transactions. */
-  readonly #timed: boolean
   readonly #impossible: { readonly why: string; readonly stuck: readonly unknown[] } | undefined
   /** What was tried in vain, and how many deletions of unknown fate had been used up then. */
   readonly #tried = new Map<string, number>()
@@ -163,10 +169,11 @@ class Search {
     this.#ends = ends
     this.#nulls = byCall(reads.get(null) ?? [])
     this.#nullEnds = firstAnswers(this.#nulls)
-    this.#deletions = byCall(
-      register.deletions.filter(({ expected }) => expected === undefined).map((d) => ({ ...d, from: d.at?.from ?? d.from, commit: d })),
-    )
+    const unconditional = register.deletions.filter(({ expected }) => expected === undefined)
+    this.#deletions = byCall(unconditional.filter(({ at }) => at === undefined))
     this.#deletionEnds = firstAnswers(this.#deletions)
+    this.#inTx = unconditional.filter(({ at }) => at !== undefined).sort((a, b) => (a.at as Span).from - (b.at as Span).from)
+    this.#inTxEnds = firstAnswers(this.#inTx.map(({ at }) => at as Span))
     this.#maybe = register.maybeDeleted
       .filter(({ expected }) => expected === undefined)
       .map(({ from }) => from)
@@ -181,7 +188,6 @@ class Search {
       .map(({ from }) => from)
       .sort((a, b) => a - b)
     this.#updates = earliest(register.maybeWritten)
-    this.#timed = this.#deletions.some(({ at }) => at !== undefined)
     this.#impossible = this.#look(reads, conditional)
   }
 
@@ -210,11 +216,23 @@ class Search {
 
   run(): Verdict {
     if (this.#impossible) return { ok: false, ...this.#impossible }
-    const start: State = { i: -1, present: false, reads: 0, nulls: 0, deleted: 0, ahead: [], maybe: 0, puts: 0, creates: 0, low: 0 }
+    const start: State = {
+      i: -1,
+      present: false,
+      reads: 0,
+      nulls: 0,
+      deleted: 0,
+      ahead: [],
+      maybe: 0,
+      puts: 0,
+      creates: 0,
+      inTx: 0,
+      marks: '',
+    }
     const stack: State[] = [this.#settle(start)]
     for (let state = stack.pop(); state; state = stack.pop()) {
       if (this.#isDone(state)) return { ok: true }
-      const key = `${state.i} ${state.present} ${state.reads} ${state.nulls} ${state.deleted} ${state.ahead} ${state.puts} ${state.creates} ${this.#timed ? state.low : ''}`
+      const key = `${state.i} ${state.present} ${state.reads} ${state.nulls} ${state.deleted} ${state.ahead} ${state.puts} ${state.creates} ${state.inTx} ${state.marks}`
       const tried = this.#tried.get(key)
       if (tried !== undefined && tried <= state.maybe) continue
       this.#tried.set(key, state.maybe)
@@ -228,7 +246,12 @@ class Search {
   /** The first answer to anything that is not placed yet: what was called after it cannot be next. */
   #bound(state: State): number {
     const here = state.present ? (this.#steps[state.i] as Step) : undefined
-    let bound = Math.min(this.#ends[state.i + 1] as number, this.#nullEnds[state.nulls] as number, this.#deletionBound(state))
+    let bound = Math.min(
+      this.#ends[state.i + 1] as number,
+      this.#nullEnds[state.nulls] as number,
+      this.#deletionBound(state),
+      this.#inTxBound(state),
+    )
     if (here) bound = Math.min(bound, here.readEnds[state.reads] as number, ...here.deletions.map(({ to }) => to))
     return bound
   }
@@ -244,12 +267,10 @@ class Search {
   #settle(state: State): State {
     const spans = state.present ? (this.#steps[state.i] as Step).reads : this.#nulls
     let placed = state.present ? state.reads : state.nulls
-    let { low } = state
     let now = state
     while (placed < spans.length && (spans[placed] as Span).from <= this.#bound(now)) {
-      low = Math.max(low, (spans[placed] as Span).from)
       placed++
-      now = state.present ? { ...now, reads: placed, low } : { ...now, nulls: placed, low }
+      now = state.present ? { ...now, reads: placed } : { ...now, nulls: placed }
     }
     return now
   }
@@ -259,6 +280,7 @@ class Search {
       state.i === this.#steps.length - 1 &&
       state.nulls === this.#nulls.length &&
       state.deleted === this.#deletions.length &&
+      state.inTx === this.#inTx.length &&
       (!state.present || this.#mayLeave(state))
     )
   }
@@ -276,6 +298,10 @@ class Search {
     if (written) nexts.push(written)
     if (state.present) this.#delete(state, bound, nexts)
     else this.#deleteNothing(state, bound, nexts)
+    // One whose call must have ended by now did nothing then, or takes effect with its commit.
+    for (const [n, { at }, isDecided] of this.#openInTx(state, bound)) {
+      if (!isDecided && at?.to === bound) nexts.push(this.#mark(state, n, WITH_COMMIT))
+    }
     return nexts
   }
 
@@ -287,23 +313,16 @@ class Search {
     const here = state.present ? (this.#steps[state.i] as Step).revision : null
     if (step.expected !== undefined && step.expected !== here) return undefined
     let { puts, creates } = state
-    let from = step.from
     if (step.phantom) {
       const update = here === null ? undefined : this.#updates.get(here)
       const create = here === null ? this.#creates[creates] : undefined
-      if (update !== undefined && update <= bound) from = update
-      else if (create !== undefined && create <= bound) {
-        from = create
-        creates++
-      } else {
-        const put = this.#puts[puts]
-        if (put === undefined || put > bound) return undefined
-        from = put
-        puts++
+      if (update === undefined || update > bound) {
+        if (create !== undefined && create <= bound) creates++
+        else if ((this.#puts[puts] ?? NOT_YET) <= bound) puts++
+        else return undefined
       }
     }
-    const low = Math.max(state.low, from)
-    return { ...state, i: state.i + 1, present: !step.leavesAbsent, reads: 0, puts, creates, low }
+    return { ...state, i: state.i + 1, present: !step.leavesAbsent, reads: 0, puts, creates }
   }
 
   #delete(state: State, bound: number, nexts: State[]): void {
@@ -311,47 +330,69 @@ class Search {
     if (state.reads < step.reads.length) return
     const [own] = step.deletions
     if (own) {
-      if (own.from <= bound) nexts.push({ ...state, present: false, low: Math.max(state.low, own.from) })
+      if (own.from <= bound) nexts.push({ ...state, present: false })
       return
     }
-    const first = this.#firstDeletion(state, bound, ({ from, at }) => at === undefined || from <= bound, true)
-    for (const n of first) {
-      const deletion = this.#deletions[n] as Deletion
-      nexts.push(this.#placed({ ...state, present: false, low: Math.max(state.low, effectOf(deletion)) }, n))
+    const first = this.#firstDeletion(state, bound)
+    if (first !== undefined) nexts.push(this.#placed({ ...state, present: false }, first))
+    for (const [n, deletion, isDecided] of this.#openInTx(state, bound)) {
+      if (isDecided && deletion.from <= bound) nexts.push(this.#mark({ ...state, present: false }, n, DONE))
     }
     const at = this.#maybeAt.get(step.revision)
     const any = this.#maybe[state.maybe]
-    if (at !== undefined && at <= bound) nexts.push({ ...state, present: false, low: Math.max(state.low, at) })
-    else if (any !== undefined && any <= bound)
-      nexts.push({ ...state, present: false, maybe: state.maybe + 1, low: Math.max(state.low, any) })
+    if (at !== undefined && at <= bound) nexts.push({ ...state, present: false })
+    else if (any !== undefined && any <= bound) nexts.push({ ...state, present: false, maybe: state.maybe + 1 })
   }
 
   /** A deletion that found nothing. */
   #deleteNothing(state: State, bound: number, nexts: State[]): void {
-    for (const n of this.#firstDeletion(state, bound, ({ at }) => at === undefined || state.low <= at.to, false)) {
-      const { from } = this.#deletions[n] as Deletion
-      nexts.push(this.#placed({ ...state, low: Math.max(state.low, from) }, n))
+    const first = this.#firstDeletion(state, bound)
+    if (first !== undefined) nexts.push(this.#placed(state, first))
+    for (const [n, { at }, isDecided] of this.#openInTx(state, bound)) {
+      if (!isDecided && at !== undefined && at.from <= bound) nexts.push(this.#mark(state, n, DONE))
     }
   }
 
-  /**
-   * The deletions to try: of those outside transactions the one that was answered first, and each of those in transactions, which are
-   * not alike.
-   * @param effective it has something to delete, so it takes effect with its transaction
-   */
-  #firstDeletion(state: State, bound: number, fits: (deletion: Deletion) => boolean, effective: boolean): number[] {
-    const found: number[] = []
+  /** Of those that can be made now, the one that was answered first. */
+  #firstDeletion(state: State, bound: number): number | undefined {
     let first: number | undefined
     for (let n = state.deleted; n < this.#deletions.length; n++) {
       const deletion = this.#deletions[n] as Deletion
       if (deletion.from > bound) break
       if (state.ahead.includes(n)) continue
-      if (deletion.at) {
-        if (fits(deletion) && (!effective || effectOf(deletion) <= bound)) found.push(n)
-      } else if (first === undefined || deletion.to < (this.#deletions[first] as Deletion).to) first = n
+      if (first === undefined || deletion.to < (this.#deletions[first] as Deletion).to) first = n
     }
-    if (first !== undefined) found.push(first)
-    return found
+    return first
+  }
+
+  /** Those in transactions that are next by their calls, and of each whether it is decided that it takes effect with its commit. */
+  *#openInTx({ inTx, marks }: State, bound = NOT_YET): Generator<[number, Deletion, boolean]> {
+    const decided = inTx + marks.length
+    for (let n = inTx; n < decided; n++) {
+      if (marks[n - inTx] !== DONE) yield [n, this.#inTx[n] as Deletion, marks[n - inTx] === WITH_COMMIT]
+    }
+    for (let n = decided; n < this.#inTx.length; n++) {
+      const deletion = this.#inTx[n] as Deletion
+      if (deletion.at && deletion.at.from > bound) return
+      yield [n, deletion, false]
+    }
+  }
+
+  /** The first answer to any of them: to the call, until it is decided that it takes effect with the commit. */
+  #inTxBound({ inTx, marks }: State): number {
+    let bound = this.#inTxEnds[inTx + marks.length] as number
+    for (const [k, mark] of [...marks].entries()) {
+      const { at, to } = this.#inTx[inTx + k] as Deletion
+      if (mark !== DONE) bound = Math.min(bound, mark === WITH_COMMIT || !at ? to : at.to)
+    }
+    return bound
+  }
+
+  #mark(state: State, n: number, mark: string): State {
+    const all = state.marks.padEnd(n - state.inTx + 1, OPEN)
+    const marks = `${all.slice(0, n - state.inTx)}${mark}${all.slice(n - state.inTx + 1)}`
+    const done = marks.length - marks.replace(/^d+/, '').length
+    return { ...state, inTx: state.inTx + done, marks: marks.slice(done) }
   }
 
   #placed(state: State, n: number): State {
@@ -372,6 +413,7 @@ class Search {
     if (here) left.push(...here.reads.slice(state.reads), ...here.deletions)
     for (const step of this.#steps.slice(state.i + 1)) left.push(step, ...step.reads, ...step.deletions)
     left.push(...this.#nulls.slice(state.nulls), ...this.#deletions.filter((_, n) => n >= state.deleted && !state.ahead.includes(n)))
+    left.push(...[...this.#openInTx(state)].map(([, deletion]) => deletion))
     const blocking = left.filter(({ to }) => to <= bound || to === NOT_YET).slice(0, 4)
     const next = this.#steps[state.i + 1]
     const stuck = [...new Set([...(here ? [here.what] : []), ...blocking.map(({ what }) => what), ...(next ? [next.what] : [])])]
@@ -384,13 +426,7 @@ class Search {
   }
 }
 
-/** When a deletion that has something to delete can take effect at the earliest: in a transaction with its commit. */
-function effectOf(deletion: Deletion): number {
-  const { commit } = deletion as Deletion & { readonly commit?: Deletion }
-  return commit?.from ?? deletion.from
-}
-
-function firstAnswers(spans: readonly Span[]): number[] {
+function firstAnswers(spans: readonly Omit<Span, 'what'>[]): number[] {
   const firsts = new Array<number>(spans.length + 1).fill(NOT_YET)
   for (let n = spans.length - 1; n >= 0; n--) firsts[n] = Math.min(firsts[n + 1] as number, (spans[n] as Span).to)
   return firsts
