@@ -5,7 +5,7 @@
  * Ends with 0 when no rule was broken, with 1 when one was; then the record stays.
  */
 
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { PostgresBus } from '../../src/index.ts'
@@ -47,9 +47,9 @@ async function main(options: Options): Promise<number> {
   const directory = options.keep ?? (await mkdtemp(join(tmpdir(), 'klieo-chaos-')))
   await mkdir(directory, { recursive: true })
   say(`chaos: seed ${options.seed}, ${options.minutes} min; the record is in ${directory}`)
-  const violations: string[] = []
+  let violations = 0
   const onViolation = (text: string) => {
-    violations.push(text)
+    violations++
     say(`VIOLATION: ${text}`)
   }
   try {
@@ -63,21 +63,25 @@ async function main(options: Options): Promise<number> {
     throw error
   }
   say(describe(await tally(directory)))
-  const begun = performance.now()
-  const report = await check(directory)
-  say(`checked in ${Math.round((performance.now() - begun) / 1_000)} s: ${JSON.stringify(report.checked)}`)
-  for (const { rule, text, evidence } of report.violations) {
-    violations.push(text)
-    say(`VIOLATION ${rule}: ${text}\n${evidence.map((line) => `    ${line}`).join('\n')}`)
-  }
-  say(`violations: ${violations.length}`)
+  for (const file of await readdir(directory)) if (file.endsWith('.stderr')) say(`said on stderr: ${join(directory, file)}`)
+  violations += await checkRecord(directory)
+  say(`violations: ${violations}`)
   say(`the same schedule again: ${commandOf(options)}`)
-  if (violations.length > 0) {
-    say(`the record is in ${directory}`)
-    return 1
-  }
-  if (options.keep === undefined) await rm(directory, { recursive: true, force: true })
-  return 0
+  if (violations > 0) say(`the record is in ${directory}`)
+  else if (options.keep === undefined) await rm(directory, { recursive: true, force: true })
+  return violations > 0 ? 1 : 0
+}
+
+/** @returns how often a rule was broken */
+async function checkRecord(directory: string): Promise<number> {
+  const begun = performance.now()
+  const { entries, checked, broken, violations } = await check(directory)
+  say(`checked ${entries.toLocaleString('en')} entries in ${Math.round((performance.now() - begun) / 1_000)} s`)
+  for (const [what, times] of Object.entries(checked)) say(`  ${what.padEnd(60)}${times.toLocaleString('en').padStart(9)}`)
+  // Of each rule only the first cases are kept.
+  for (const { rule, text, evidence } of violations) say(`VIOLATION ${rule}: ${text}\n${evidence.map((line) => `    ${line}`).join('\n')}`)
+  for (const [rule, times] of Object.entries(broken)) say(`broken: ${rule}, ${times} times`)
+  return Object.values(broken).reduce((sum, times) => sum + times, 0)
 }
 
 /** From the start of the server to its end; the record is complete when it resolves. */
@@ -95,8 +99,7 @@ async function run(options: Options, directory: string, onViolation: (text: stri
   await makeDurables(server)
 
   await using crew = await Crew.start(POSTS, { seed, rate, directory, connectionString: server.connectionString, onViolation })
-  await Promise.all(crew.mates.map((mate) => mate.ready()))
-  interrupted.signal.throwIfAborted()
+  await interruptible(Promise.all(crew.mates.map((mate) => mate.ready())))
   const faults = new Faults(crew, server, recorder)
   const begun = performance.now()
   const ticker = setInterval(() => say(progress(begun, crew, faults)), TELL_EVERY_MS)

@@ -6,7 +6,7 @@
 import type { Dice } from './dice.ts'
 import { Member } from './member.ts'
 import { type Call, now } from './record.ts'
-import { resolveOne, Transaction } from './transaction.ts'
+import { resolveOne, Transaction, withClient } from './transaction.ts'
 import { MAX_ATTEMPTS, QUEUES, SUBJECTS } from './world.ts'
 
 const CLIENTS = 4
@@ -290,15 +290,5 @@ for (let n = 1; n <= CLIENTS; n++) {
 const resolver = member.dice('resolver')
 member.takes(async () => {
   await member.pause(resolver.between(300, 2_000))
-  const client = await member.pool.connect()
-  const onError = () => {}
-  client.on('error', onError)
-  let broken = true
-  try {
-    await resolveOne(member, client, resolver, resolver.between(0, 6_000))
-    broken = false
-  } finally {
-    if (!broken) client.off('error', onError)
-    client.release(broken)
-  }
+  await withClient(member.pool, (client) => resolveOne(member, client, resolver, resolver.between(0, 6_000)))
 })

@@ -22,8 +22,8 @@ test.each(['1', '2', '3', '4', '5', '6', '7', '8'])('in a minute (seed %s) every
 
 test('the server is not hit again before it could be used', () => {
   const hits = schedule('9', 30 * MINUTE).filter(({ kind }) => kind === 'serverKill' || kind === 'serverRestart')
-  expect(hits.length).toBeGreaterThan(40)
-  for (const [n, { atMs }] of hits.entries()) if (n > 0) expect(atMs - hits[n - 1]!.atMs).toBeGreaterThanOrEqual(8_000)
+  expect(hits.length).toBeGreaterThan(30)
+  for (const [n, { atMs }] of hits.entries()) if (n > 0) expect(atMs - hits[n - 1]!.atMs).toBeGreaterThanOrEqual(15_000)
 })
 
 test('logical clients throw dice of their own, which a seed repeats', () => {

@@ -54,7 +54,7 @@ const LENGTHS_MS: Partial<Record<FaultKind, readonly [number, number]>> = {
 const MEAN_PAUSE_MS = 2_100
 const FIRST_AT_MS = 3_000
 /** The server is up again, and everybody has noticed. */
-const SERVER_PAUSE_MS = 8_000
+const SERVER_PAUSE_MS = 15_000
 const SERVER_FAULTS: ReadonlySet<FaultKind> = new Set(['serverKill', 'serverRestart'])
 
 export interface Fault {

@@ -1,6 +1,7 @@
 /** A transaction of a chaos run's own, whose end is in the record. */
 
 import type pg from 'pg'
+import { takeClient } from '../../src/postgres/sockets.ts'
 import type { Dice } from './dice.ts'
 import type { Member } from './member.ts'
 
@@ -10,12 +11,11 @@ export class Transaction {
   readonly name: string
   readonly client: pg.PoolClient
   readonly #member: Member
-  readonly #onError = () => {}
   #savepoints = 0
   #over = false
 
   static async begin(member: Member): Promise<Transaction> {
-    const client = await member.pool.connect()
+    const client = await takeClient(member.pool, ignore)
     const transaction = new Transaction(member, client)
     try {
       await client.query('begin')
@@ -30,7 +30,6 @@ export class Transaction {
     this.#member = member
     this.name = `${member.name}.t${++transactions}`
     this.client = client
-    client.on('error', this.#onError)
   }
 
   async commit(): Promise<void> {
@@ -88,11 +87,29 @@ export class Transaction {
 
   #release(broken: boolean): void {
     this.#over = true
-    this.client.off('error', this.#onError)
-    // Its connection may break before it is gone.
-    if (broken) this.client.on('error', () => {})
-    this.client.release(broken)
+    giveBack(this.client, broken)
   }
+}
+
+const ignore = () => {}
+
+/** Work with a connection of the pool's. */
+export async function withClient<T>(pool: pg.Pool, work: (client: pg.PoolClient) => Promise<T>): Promise<T> {
+  const client = await takeClient(pool, ignore)
+  let broken = true
+  try {
+    const result = await work(client)
+    broken = false
+    return result
+  } finally {
+    giveBack(client, broken)
+  }
+}
+
+/** The listener stays with a connection that is to be ended: it may break before it is gone. */
+function giveBack(client: pg.PoolClient, broken: boolean): void {
+  if (!broken) client.off('error', ignore)
+  client.release(broken)
 }
 
 /** Ends one of the prepared transactions, whoever's it is, unless somebody else is about to. @returns whether there was one */
