@@ -230,6 +230,24 @@ describe('revisions', () => {
     await first.query('commit')
     expect(await waiting).toBeGreaterThan(within)
   })
+
+  test('K1 a put that waited behind a deletion is later than it: a deleted key leaves its place', async () => {
+    const key = freshKey()
+    await bus.kv.put(BUCKET, key, 'first')
+    await using first = await rival(connectionString)
+    await first.query('begin')
+    await first.query(`select from ${schema}.kv_entries where bucket = $1 and key = $2 for update`, [BUCKET, key])
+    // It has drawn a revision for the case that the key is absent.
+    const waiting = other.kv.put(BUCKET, key, 'waiting')
+    await blockedBackend()
+    await bus.kv.delete(BUCKET, key, { tx: first })
+    const { rows } = await first.query(`select max(revision) as deleted from ${schema}.kv_changes where bucket = $1 and key = $2`, [
+      BUCKET,
+      key,
+    ])
+    await first.query('commit')
+    expect(await waiting).toBeGreaterThan(Number((rows[0] as { deleted: string }).deleted))
+  })
 })
 
 describe('watches', () => {
@@ -249,6 +267,23 @@ describe('watches', () => {
     expect([keyOf(change), revisionOf(change)]).toEqual([late, revision])
     const last = await bus.kv.put(bucket, early, 'last')
     expect(revisionOf(await nextChange(watch))).toBe(last)
+  })
+
+  test('K6 what is written between the snapshot of a watch and its entries is seen once', async () => {
+    const bucket = 'between'
+    await bus.kv.put(bucket, 'before', '1')
+    await using writer = await rival(connectionString)
+    await writer.query('begin')
+    await writer.query(`lock table ${schema}.kv_entries in access exclusive mode`)
+    const watching = other.kv.watch(bucket)
+    await blockedBackend()
+    await writer.query(`select ${schema}.kv_put($1, 'between', '2')`, [bucket])
+    await writer.query('commit')
+    await using watch = await watching
+    await bus.kv.put(bucket, 'after', '3')
+    const seen: string[] = []
+    while (seen.at(-1) !== 'after') seen.push(keyOf(await nextChange(watch)))
+    expect(seen).toEqual(['before', 'between', 'after'])
   })
 
   test('K6 the connections of a watch are terminated again and again while others write: it sees every change, once', async () => {

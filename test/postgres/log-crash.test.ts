@@ -149,7 +149,7 @@ describe('a server that is killed', () => {
 })
 
 describe('a standby', () => {
-  test('it is refused at connect with unsupported, and once promoted it goes on with the positions of its durables', async () => {
+  test('section 8 it is refused at connect with unsupported, and once promoted it goes on with the positions of its durables', async () => {
     const subject = freshSubject()
     {
       await using bus = await connect()

@@ -396,7 +396,7 @@ describe('what failed', () => {
     expect(rowCount).toBe(0)
   })
 
-  test('in the caller’s transaction: a deadlock or a serialization failure is a retryable conflict, what follows is one that is not', async () => {
+  test('section 7 in the caller’s transaction: a deadlock or a serialization failure is a retryable conflict, what follows is one that is not', async () => {
     const bus = await PostgresBus.connect({ connectionString, schema, maintenance: false })
     await using one = await session(connectionString)
     await bus.kv.put('conflicts', 'k', '0')
