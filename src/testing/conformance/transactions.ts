@@ -206,6 +206,24 @@ export function transactionTests<Tx>(suite: Suite<Tx>): void {
       )
     })
 
+    suite.where('transactions', 'J5 an enqueue that waits for a transaction with its key answers that one’s job', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const first = await stage.begin()
+      const id = await bus.jobs.enqueue(queue, { payload: 'first', dedupKey: 'k' }, { tx: first.tx })
+      const racing = bus.jobs.enqueue(queue, { payload: 'second', dedupKey: 'k' })
+      racing.catch(() => {})
+      // The other one has been sent before this, and has not been answered.
+      await bus.jobs.enqueue(`${queue}.free`, { payload: 'free' })
+      await first.commit()
+      assert.equal(await within(racing, 3_000, 'the enqueue'), id)
+      const jobs = await bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit: 10 })
+      assert.deepEqual(
+        jobs.map(({ payload }) => text(payload)),
+        ['first'],
+      )
+    })
+
     suite.where('transactions', 'P1 a refused argument does not abort the transaction', async (stage) => {
       const bus = await stage.open()
       const subject = unique('p')
