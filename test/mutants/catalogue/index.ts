@@ -1,0 +1,16 @@
+import type { Mutant } from '../mutant.ts'
+import { callMutants } from './calls.ts'
+import { deliveryMutants } from './deliveries.ts'
+import { jobMutants } from './jobs.ts'
+import { keyMutants } from './keys.ts'
+import { logMutants } from './log.ts'
+import { memoryMutants } from './memory.ts'
+
+export const mutants: readonly Mutant[] = [
+  ...logMutants,
+  ...deliveryMutants,
+  ...jobMutants,
+  ...keyMutants,
+  ...callMutants,
+  ...memoryMutants,
+]
