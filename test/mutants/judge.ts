@@ -39,19 +39,20 @@ const NO_ASSERTION =
  * @param after the tests on the mutant
  */
 export function judge(mutant: Mutant, before: readonly TestResult[], after: readonly TestResult[]): Judgement {
-  const isCatcher = ({ name }: TestResult) => mutant.caughtBy.some((part) => name.includes(part))
-  const catchers = before.filter(isCatcher)
+  const catchers = before.filter(({ name }) => mutant.caughtBy.some((part) => name.includes(part)))
   const nothing = { by: [], also: [] }
   if (catchers.length === 0) return { ...nothing, verdict: 'broken', why: 'no test has any of the names that are to catch it' }
   if (catchers.every(({ state }) => state === 'skipped')) {
     return { ...nothing, verdict: 'skipped', why: 'its tests are skipped on this machine' }
   }
-  const void_ = before.find(
-    ({ name, state }) => state === 'failed' && [...mutant.caughtBy, ...mutant.beside].some((part) => name.includes(part)),
-  )
-  if (void_) return { ...nothing, verdict: 'broken', why: `void: on the unmutated tree this fails, too: ${void_.name}` }
+  // What fails anyway shows nothing.
+  const sound = new Set(catchers.filter(({ state }) => state === 'passed').map(({ name }) => name))
+  if (sound.size === 0)
+    return { ...nothing, verdict: 'broken', why: 'void: the tests that are to catch it fail on the unmutated tree, too' }
+  const isCatcher = ({ name }: TestResult) => sound.has(name)
   const ran = after.filter(({ state }) => state !== 'skipped')
   if (ran.length === 0) return { ...nothing, verdict: 'broken', why: 'no test ran: the tests could not be loaded' }
+  if (!ran.some(isCatcher)) return { ...nothing, verdict: 'broken', why: 'the tests that are to catch it did not run' }
   const failed = ran.filter(({ state }) => state === 'failed')
   const asserted = failed.filter((test) => isCatcher(test) && cites(test.name, mutant.rule) && !NO_ASSERTION.test(test.failure))
   const by = asserted.map(({ name }) => name)

@@ -222,7 +222,7 @@ export const keyMutants: readonly Mutant[] = [
     ],
     files: [POSTGRES],
     caughtBy: ['K5 while a lease is live another one is refused', 'K5 of any number of concurrent acquirers one gets it'],
-    beside: ['K5 release frees the key at once'],
+    beside: ['K5 a lease does not touch the value of the key'],
   },
   {
     id: 'lease-expiry-not-strict',
