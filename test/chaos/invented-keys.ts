@@ -192,7 +192,7 @@ export function bruteForce(register: Register): boolean {
   const { from, to, at, what } = register.deletions[n] as Deletion
   const others = register.deletions.filter((_, k) => k !== n)
   const didNothing = { ...register, deletions: others, reads: [...register.reads, { from, to, ...at, what, revision: null }] }
-  return bruteForce(didNothing) || bruteForce({ ...register, deletions: [...others, { from, to, what, finds: true } as Deletion] })
+  return bruteForce(didNothing) || bruteForce({ ...register, deletions: [...others, { from, to, what }] })
 }
 
 function tryAll({ writes, reads, deletions, maybeDeleted, maybeWritten, phantoms }: Register): boolean {
@@ -210,9 +210,7 @@ function tryAll({ writes, reads, deletions, maybeDeleted, maybeWritten, phantoms
   const steps: Step[] = [
     ...writes.map((write) => must(write, (state) => (fits(write.expected, state) ? [write.leavesAbsent ? null : write.revision] : []))),
     ...reads.map((read) => must(read, (state) => (state === read.revision ? [state] : []))),
-    ...deletions.map((deletion) =>
-      must(deletion, (state) => (fits(deletion.expected, state) && (state !== null || !('finds' in deletion)) ? [null] : [])),
-    ),
+    ...deletions.map((deletion) => must(deletion, (state) => (fits(deletion.expected, state) ? [null] : []))),
     ...maybeDeleted.map((deletion) => may(deletion, (state) => (fits(deletion.expected, state) ? [null] : []))),
     ...maybeWritten.map((write) => may(write, (state) => (fits(write.expected, state) ? [UNSEEN, ...phantoms] : []))),
   ]

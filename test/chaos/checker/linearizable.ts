@@ -14,7 +14,8 @@
  * Deletions have no revision. Of those that must be placed, the one whose answer came first is taken: they are all alike, and the
  * others keep longer. Of those that nobody knows the end of any will do, since none of them runs out; one with an expected revision
  * can only have happened at that revision. One in a transaction did nothing when it was asked for, or takes effect with its commit;
- * which of the two is decided when nothing else can be placed before its answer.
+ * which of the two is decided when nothing else can be placed before its answer. (With its commit it must find something, for it holds
+ * what it found; but that may be a write of unknown fate that nobody saw, so it is not asked for.)
  *
  * A write of unknown fate that nobody ever saw is left out: it could be taken out of any order that holds it. One whose value was
  * read has its revision from there. A revision that was seen, but not its value, is a step that takes some write of unknown fate:
@@ -348,8 +349,8 @@ class Search {
   #deleteNothing(state: State, bound: number, nexts: State[]): void {
     const first = this.#firstDeletion(state, bound)
     if (first !== undefined) nexts.push(this.#placed(state, first))
-    for (const [n, { at }, isDecided] of this.#openInTx(state, bound)) {
-      if (!isDecided && at !== undefined && at.from <= bound) nexts.push(this.#mark(state, n, DONE))
+    for (const [n, deletion, isDecided] of this.#openInTx(state, bound)) {
+      if ((isDecided ? deletion.from : (deletion.at?.from ?? NOT_YET)) <= bound) nexts.push(this.#mark(state, n, DONE))
     }
   }
 
