@@ -30,6 +30,7 @@ type Values = readonly unknown[] | (() => readonly unknown[])
 export type Row = Readonly<Record<string, unknown>>
 
 const MAX_TRIES = 5
+const READ_ONLY = '25006'
 /** How long statements that are under way may hold up `close`. */
 const CLOSE_MS = 300
 /**
@@ -80,6 +81,8 @@ export class Database {
   #lookingBeside: Promise<void> | undefined
   #closed = false
   #queueAskedAt = Number.NEGATIVE_INFINITY
+  /** Explicit mode is only there because a statement met a read-only transaction. */
+  #readOnlyTried = false
 
   /** @param sockets those of an own pool */
   constructor(pool: pg.Pool, ownsPool: boolean, schema: string, sockets: Sockets, prepare = true) {
@@ -288,6 +291,11 @@ export class Database {
     if (!this.#explicit && state === 'KB003') {
       this.#explicit = true
       return true
+    }
+    // The role's default has changed; or this is a standby, where saying so is in vain and need not be kept up.
+    if (state === READ_ONLY && this.#explicit === this.#readOnlyTried) {
+      this.#explicit = this.#readOnlyTried = !this.#explicit
+      return this.#explicit
     }
     if (state === 'KB004') {
       await this.repair()

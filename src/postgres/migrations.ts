@@ -205,6 +205,7 @@ async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
   return db
     .transaction()
     .setIsolationLevel('read committed')
+    .setAccessMode('read write')
     .execute(async (tx) => {
       await sql`set local lock_timeout = '60s'`.execute(tx)
       await sql`select pg_advisory_xact_lock(${sql.lit(LOCK_ID.toString())}::bigint)`.execute(tx)
