@@ -20,7 +20,10 @@ const BY_STATE: Readonly<Record<string, Verdict>> = {
   '25P02': { code: 'conflict', hint: 'the transaction has failed before; roll it back' },
   '55P03': { code: 'timeout', hint: 'a lock was not granted in time; try again', retryable: true },
   '57014': { code: 'timeout', hint: 'the server cancelled the statement; raise statement_timeout or find what it waited for' },
-  '25006': { code: 'connection', hint: 'the server or the transaction is read-only; connect to the primary, or begin the transaction as read write' },
+  '25006': {
+    code: 'connection',
+    hint: 'the server or the transaction is read-only; connect to the primary, or begin the transaction as read write',
+  },
   '57P03': { code: 'connection', hint: 'the server is starting up or shutting down', retryable: true },
   '25P03': { code: 'connection', hint: 'the server ended an idle transaction' },
   '25P04': { code: 'connection', hint: 'the server ended a long transaction' },
