@@ -814,6 +814,7 @@ declare
   v_full boolean := false;
   v_moved boolean := false;
   v_room int;
+  v_free int;
   v_bytes bigint := fetch_messages.max_bytes;
   v_scan int;
   v_scanned int := 0;
@@ -835,8 +836,10 @@ begin
   if pg_snapshot_xmax(c.lo) > pg_snapshot_xmax(v_hi) then
     raise exception 'the database was restored from a dump' using errcode = 'KB004';
   end if;
-  select coalesce(bool_or(not d.final), false), coalesce(bool_or(d.final), false) into v_due, v_final
-  from klieo.deliveries d where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now;
+  -- The first of each kind is enough: after a crash of who held them a hundred thousand may be due.
+  v_due := exists (select from klieo.deliveries d where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now and not d.final);
+  -- The cast leaves only the index of what is final: by the others all that is due would be read, or in flight.
+  v_final := exists (select from klieo.deliveries d where d.consumer_id::bigint = fetch_messages.consumer and d.visible_at <= v_now and d.final);
 
   if v_due or c.hi is not null or c.last_active_at < v_now - interval '30 seconds' or klieo.window_has_message(c.lo, v_hi) then
     select o.* into c from klieo.consumer_offsets o where o.id = fetch_messages.consumer for no key update;
@@ -878,10 +881,14 @@ begin
       from again;
     end if;
 
-    select fetch_messages.max_ack_pending - count(*) into v_room
-    from (select from klieo.deliveries d where d.consumer_id = fetch_messages.consumer limit fetch_messages.max_ack_pending) pending;
-    v_full := v_room <= 0;
-    v_room := least(v_room, fetch_messages.max_messages - cardinality(v_seq));
+    v_room := fetch_messages.max_messages - cardinality(v_seq);
+    -- Counting takes as long as there is much in flight: not for a batch that is full already.
+    if v_room > 0 then
+      select fetch_messages.max_ack_pending - count(*) into v_free
+      from (select from klieo.deliveries d where d.consumer_id = fetch_messages.consumer limit fetch_messages.max_ack_pending) pending;
+      v_full := v_free <= 0;
+      v_room := least(v_room, v_free);
+    end if;
 
     v_scan := v_room;
     while v_room > 0 and v_bytes > 0 loop
@@ -1622,12 +1629,21 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.prune_messages(retention_ms bigint, max_messages integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
  SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 #variable_conflict use_column
 declare
+  v_old timestamptz := clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0);
   v_bound xid8;
+  v_tx xid8 := '0';
+  v_seq bigint := 0;
+  v_held bigint[];
   v_count int;
+  v_removed int := 0;
+  p record;
 begin
   -- Not while a durable is being made that may begin with what is about to go (see create_durable); the next round will do.
   if not pg_try_advisory_xact_lock(klieo.creation_lock()) then
@@ -1643,20 +1659,36 @@ begin
   ) o
   order by o.xmin
   limit 1;
-  with old as materialized (
-    select m.tx, m.seq
-    from klieo.messages m
-    where m.tx < v_bound
-      and m.published_at < clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0)
-      and not exists (select from klieo.deliveries d where d.seq = m.seq)
-    order by m.tx, m.seq
-    limit prune_messages.max_messages
-  )
-  delete from klieo.messages m
-  using old
-  where m.tx = old.tx and m.seq = old.seq;
-  get diagnostics v_count = row_count;
-  return v_count;
+  -- The scan is limited, not the hits: every ten seconds with nothing to remove, it must not read the log. The oldest come first,
+  -- but for what a long transaction published late, which may hold up what is behind it for as long as it was open. What is
+  -- passed over because somebody holds it holds nothing up.
+  loop
+    with page as materialized (
+      select m.tx, m.seq, m.published_at
+      from klieo.messages m
+      where (m.tx, m.seq) > (v_tx, v_seq) and m.tx < v_bound
+      order by m.tx, m.seq
+      limit prune_messages.max_messages
+    )
+    select
+      count(*) as rows, coalesce(bool_or(page.published_at < v_old), false) as any_old, min(page.seq) as least, max(page.seq) as most,
+      (select l.tx from page l order by l.tx desc, l.seq desc limit 1) as last_tx,
+      (select l.seq from page l order by l.tx desc, l.seq desc limit 1) as last_seq
+    into p
+    from page;
+    exit when not p.any_old;
+    v_held := array(select d.seq from klieo.deliveries d where d.seq between p.least and p.most);
+    delete from klieo.messages m
+    where (m.tx, m.seq) > (v_tx, v_seq) and (m.tx, m.seq) <= (p.last_tx, p.last_seq)
+      and m.published_at < v_old
+      and m.seq <> all (v_held);
+    get diagnostics v_count = row_count;
+    v_removed := v_removed + v_count;
+    exit when p.rows < prune_messages.max_messages or v_removed >= prune_messages.max_messages;
+    v_tx := p.last_tx;
+    v_seq := p.last_seq;
+  end loop;
+  return v_removed;
 end
 $function$;
 
@@ -1869,8 +1901,10 @@ begin
     return false;
   end if;
   -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
+  -- Due in the order of the log, and no two at once: a fetch would sort all that are.
   insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
-  select o.id, m.tx, m.seq, 0, now()
+  select o.id, m.tx, m.seq, 0,
+    now() - interval '1 hour' + row_number() over (partition by o.id order by m.tx, m.seq) * interval '1 microsecond'
   from klieo.consumer_offsets o
   join klieo.messages m
     on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time
@@ -2594,7 +2628,7 @@ comment on function klieo.presence_class() is 'The first half of the advisory lo
 
 comment on function klieo.prune_kv(max_rows integer) is 'Removes changes older than ten minutes and tombstones older than a week; answers how many, of the larger kind.';
 
-comment on function klieo.prune_messages(retention_ms bigint, max_messages integer) is 'Removes messages older than retention_ms that every durable is past and none has in flight; answers how many.';
+comment on function klieo.prune_messages(retention_ms bigint, max_messages integer) is 'Removes messages older than retention_ms that every durable is past and none has in flight, about max_messages of them; answers how many.';
 
 comment on function klieo.prune_rest(dead_jobs_ms bigint, max_rows integer) is 'Removes old dead jobs, message ids, heads, requests and replies; answers how many, of the largest kind.';
 

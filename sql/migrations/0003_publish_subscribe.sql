@@ -196,6 +196,7 @@ declare
   v_full boolean := false;
   v_moved boolean := false;
   v_room int;
+  v_free int;
   v_bytes bigint := fetch_messages.max_bytes;
   v_scan int;
   v_scanned int := 0;
@@ -217,8 +218,10 @@ begin
   if pg_snapshot_xmax(c.lo) > pg_snapshot_xmax(v_hi) then
     raise exception 'the database was restored from a dump' using errcode = 'KB004';
   end if;
-  select coalesce(bool_or(not d.final), false), coalesce(bool_or(d.final), false) into v_due, v_final
-  from klieo.deliveries d where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now;
+  -- The first of each kind is enough: after a crash of who held them a hundred thousand may be due.
+  v_due := exists (select from klieo.deliveries d where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now and not d.final);
+  -- The cast leaves only the index of what is final: by the others all that is due would be read, or in flight.
+  v_final := exists (select from klieo.deliveries d where d.consumer_id::bigint = fetch_messages.consumer and d.visible_at <= v_now and d.final);
 
   if v_due or c.hi is not null or c.last_active_at < v_now - interval '30 seconds' or klieo.window_has_message(c.lo, v_hi) then
     select o.* into c from klieo.consumer_offsets o where o.id = fetch_messages.consumer for no key update;
@@ -260,10 +263,14 @@ begin
       from again;
     end if;
 
-    select fetch_messages.max_ack_pending - count(*) into v_room
-    from (select from klieo.deliveries d where d.consumer_id = fetch_messages.consumer limit fetch_messages.max_ack_pending) pending;
-    v_full := v_room <= 0;
-    v_room := least(v_room, fetch_messages.max_messages - cardinality(v_seq));
+    v_room := fetch_messages.max_messages - cardinality(v_seq);
+    -- Counting takes as long as there is much in flight: not for a batch that is full already.
+    if v_room > 0 then
+      select fetch_messages.max_ack_pending - count(*) into v_free
+      from (select from klieo.deliveries d where d.consumer_id = fetch_messages.consumer limit fetch_messages.max_ack_pending) pending;
+      v_full := v_free <= 0;
+      v_room := least(v_room, v_free);
+    end if;
 
     v_scan := v_room;
     while v_room > 0 and v_bytes > 0 loop

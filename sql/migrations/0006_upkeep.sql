@@ -2,11 +2,20 @@
 
 create function klieo.prune_messages(retention_ms bigint, max_messages int) returns int
 language plpgsql
-set jit = off as $$
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
+  v_old timestamptz := clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0);
   v_bound xid8;
+  v_tx xid8 := '0';
+  v_seq bigint := 0;
+  v_held bigint[];
   v_count int;
+  v_removed int := 0;
+  p record;
 begin
   -- Not while a durable is being made that may begin with what is about to go (see create_durable); the next round will do.
   if not pg_try_advisory_xact_lock(klieo.creation_lock()) then
@@ -22,23 +31,39 @@ begin
   ) o
   order by o.xmin
   limit 1;
-  with old as materialized (
-    select m.tx, m.seq
-    from klieo.messages m
-    where m.tx < v_bound
-      and m.published_at < clock_timestamp() - make_interval(secs => prune_messages.retention_ms / 1000.0)
-      and not exists (select from klieo.deliveries d where d.seq = m.seq)
-    order by m.tx, m.seq
-    limit prune_messages.max_messages
-  )
-  delete from klieo.messages m
-  using old
-  where m.tx = old.tx and m.seq = old.seq;
-  get diagnostics v_count = row_count;
-  return v_count;
+  -- The scan is limited, not the hits: every ten seconds with nothing to remove, it must not read the log. The oldest come first,
+  -- but for what a long transaction published late, which may hold up what is behind it for as long as it was open. What is
+  -- passed over because somebody holds it holds nothing up.
+  loop
+    with page as materialized (
+      select m.tx, m.seq, m.published_at
+      from klieo.messages m
+      where (m.tx, m.seq) > (v_tx, v_seq) and m.tx < v_bound
+      order by m.tx, m.seq
+      limit prune_messages.max_messages
+    )
+    select
+      count(*) as rows, coalesce(bool_or(page.published_at < v_old), false) as any_old, min(page.seq) as least, max(page.seq) as most,
+      (select l.tx from page l order by l.tx desc, l.seq desc limit 1) as last_tx,
+      (select l.seq from page l order by l.tx desc, l.seq desc limit 1) as last_seq
+    into p
+    from page;
+    exit when not p.any_old;
+    v_held := array(select d.seq from klieo.deliveries d where d.seq between p.least and p.most);
+    delete from klieo.messages m
+    where (m.tx, m.seq) > (v_tx, v_seq) and (m.tx, m.seq) <= (p.last_tx, p.last_seq)
+      and m.published_at < v_old
+      and m.seq <> all (v_held);
+    get diagnostics v_count = row_count;
+    v_removed := v_removed + v_count;
+    exit when p.rows < prune_messages.max_messages or v_removed >= prune_messages.max_messages;
+    v_tx := p.last_tx;
+    v_seq := p.last_seq;
+  end loop;
+  return v_removed;
 end
 $$;
-comment on function klieo.prune_messages(bigint, int) is 'Removes messages older than retention_ms that every durable is past and none has in flight; answers how many.';
+comment on function klieo.prune_messages(bigint, int) is 'Removes messages older than retention_ms that every durable is past and none has in flight, about max_messages of them; answers how many.';
 
 create function klieo.prune_kv(max_rows int) returns int
 language plpgsql as $$
@@ -211,8 +236,10 @@ begin
     return false;
   end if;
   -- From stored data alone: what a durable had not been handed out waits in deliveries, with no attempt counted.
+  -- Due in the order of the log, and no two at once: a fetch would sort all that are.
   insert into klieo.deliveries (consumer_id, tx, seq, attempt, visible_at)
-  select o.id, m.tx, m.seq, 0, now()
+  select o.id, m.tx, m.seq, 0,
+    now() - interval '1 hour' + row_number() over (partition by o.id order by m.tx, m.seq) * interval '1 microsecond'
   from klieo.consumer_offsets o
   join klieo.messages m
     on (m.subject = o.filter or m.subject ~ o.pattern) and m.seq >= o.start_seq and m.published_at >= o.start_time

@@ -41,6 +41,11 @@ test('P5 redeliveries are found by their time', async () => {
   const due =
     'select from deliveries d where d.consumer_id + 0 = $1 and d.visible_at <= now() order by d.visible_at, d.seq limit $2 for no key update skip locked'
   expect(await indexes('due', 'int, int', due, '1, 1')).toEqual(['deliveries_due'])
+  const any = 'select from deliveries d where d.consumer_id + 0 = $1 and d.visible_at <= now() and not d.final limit 1'
+  expect(await indexes('any_due', 'int', any, '1')).toEqual(['deliveries_due'])
+  // By the others all that is due to a durable would be read, or all that it has in flight.
+  const final = 'select from deliveries d where d.consumer_id::bigint = $1 and d.visible_at <= now() and d.final limit 1'
+  expect(await indexes('final_due', 'int', final, '1')).toEqual(['deliveries_final'])
 })
 
 test('J6 jobs are settled by their primary key', async () => {
