@@ -43,52 +43,69 @@ export const WATCH_SNAPSHOT = `
     case when pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() then pg_logical_emit_message(true, 'klieo', '')::text end as flushed`
 
 /**
- * Present entries as of a snapshot: what a later transaction wrote comes among the changes, and is left out here.
- * $1 bucket, $2 filter or null, $3 after this key, $4 how many, $5 snapshot
+ * Present entries as of a snapshot: what a later transaction wrote comes among the changes, and is left out here. Of what was
+ * found only so many bytes of values are answered, and one value at the least.
+ * $1 bucket, $2 filter or null, $3 after this key, $4 how many, $5 snapshot, $6 how many bytes
  */
 export const WATCH_ENTRIES = `
-  select e.key, e.value, e.revision, extract(epoch from e.updated_at) * 1000 as updated_at_ms
-  from klieo.kv_entries e
-  where e.bucket = $1
-    and e.key > $3
-    and e.value is not null
-    and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
-    and ($2::text is null or e.key ~ (select klieo.filter_pattern($2)))
-    -- An xid beyond the present one is from the cluster that a restored dump came from.
-    and (pg_visible_in_snapshot(e.tx, $5::pg_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))
-  order by e.key
-  limit $4`
+  select p.key, p.value, p.revision, p.updated_at_ms, p.found
+  from (
+    select e.*, count(*) over () as found, sum(octet_length(e.value)) over (order by e.key rows unbounded preceding) as bytes
+    from (
+      select e.key, e.value, e.revision, extract(epoch from e.updated_at) * 1000 as updated_at_ms
+      from klieo.kv_entries e
+      where e.bucket = $1
+        and e.key > $3
+        and e.value is not null
+        and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+        and ($2::text is null or e.key ~ (select klieo.filter_pattern($2)))
+        -- An xid beyond the present one is from the cluster that a restored dump came from.
+        and (pg_visible_in_snapshot(e.tx, $5::pg_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))
+      order by e.key
+      limit $4
+    ) e
+  ) p
+  where p.bytes - octet_length(p.value) < $6
+  order by p.key`
 
 /**
  * A page of the window between two snapshots (two arms, so that each starts from the index; docs/adr/0001-log.md), in the order of the revisions. A key's revisions grow in commit order, so
- * that order over a window, and windows one after the other, keep it.
- * $1 bucket, $2 filter or null, $3 old snapshot, $4 new snapshot, $5 after this revision, $6 how many
+ * that order over a window, and windows one after the other, keep it. Bytes as above.
+ * $1 bucket, $2 filter or null, $3 old snapshot, $4 new snapshot, $5 after this revision, $6 how many, $7 how many bytes
  */
 export const WATCH_CHANGES = `
-  select c.key, c.value, c.revision, extract(epoch from c.changed_at) * 1000 as updated_at_ms
+  select p.key, p.value, p.revision, p.updated_at_ms, p.found
   from (
-    (
-      select s.key, s.value, s.revision, s.changed_at
-      from klieo.kv_changes s
-      where s.tx = any (array(select x.tx from pg_snapshot_xip($3::pg_snapshot) as x(tx) where pg_visible_in_snapshot(x.tx, $4::pg_snapshot)))
-        and s.bucket = $1
-        and s.revision > $5
-        and ($2::text is null or s.key ~ (select klieo.filter_pattern($2)))
-    )
-    union all
-    (
-      select n.key, n.value, n.revision, n.changed_at
-      from klieo.kv_changes n
-      where n.tx >= pg_snapshot_xmax($3::pg_snapshot)
-        and n.tx < pg_snapshot_xmax($4::pg_snapshot)
-        and pg_visible_in_snapshot(n.tx, $4::pg_snapshot)
-        and n.bucket = $1
-        and n.revision > $5
-        and ($2::text is null or n.key ~ (select klieo.filter_pattern($2)))
-    )
-  ) c
-  order by c.revision
-  limit $6`
+    select c.*, count(*) over () as found, sum(coalesce(octet_length(c.value), 0)) over (order by c.revision rows unbounded preceding) as bytes
+    from (
+      select u.key, u.value, u.revision, extract(epoch from u.changed_at) * 1000 as updated_at_ms
+      from (
+        (
+          select s.key, s.value, s.revision, s.changed_at
+          from klieo.kv_changes s
+          where s.tx = any (array(select x.tx from pg_snapshot_xip($3::pg_snapshot) as x(tx) where pg_visible_in_snapshot(x.tx, $4::pg_snapshot)))
+            and s.bucket = $1
+            and s.revision > $5
+            and ($2::text is null or s.key ~ (select klieo.filter_pattern($2)))
+        )
+        union all
+        (
+          select n.key, n.value, n.revision, n.changed_at
+          from klieo.kv_changes n
+          where n.tx >= pg_snapshot_xmax($3::pg_snapshot)
+            and n.tx < pg_snapshot_xmax($4::pg_snapshot)
+            and pg_visible_in_snapshot(n.tx, $4::pg_snapshot)
+            and n.bucket = $1
+            and n.revision > $5
+            and ($2::text is null or n.key ~ (select klieo.filter_pattern($2)))
+        )
+      ) u
+      order by u.revision
+      limit $6
+    ) c
+  ) p
+  where p.bytes - coalesce(octet_length(p.value), 0) < $7
+  order by p.revision`
 
 /**
  * Grants a lease that nobody holds. Where it is held, a look without a lock: those who wait write nothing. The fence and

@@ -36,8 +36,11 @@ import { KvWrites, type Write, type Written } from './kv-writes.ts'
 /** How long prune_kv leaves changes, less a margin. */
 export const CHANGES_KEPT_MS = 9 * 60 * 1_000
 const KEYS_PAGE = 1_000
-/** Values may be large. */
-const WATCH_PAGE = 100
+const ENTRIES_PAGE = 1_000
+/** Each page looks through what is left of its window: larger ones, because a watch that was slow has a large window to read. */
+const CHANGES_PAGE = 2_000
+/** Of values in a page, about; one may be larger. */
+const WATCH_PAGE_BYTES = 4 * 1024 * 1024
 /** What a watch reads before it resolves. */
 const READ_AT_ONCE = 1_000
 const READ_AT_ONCE_BYTES = 8 * 1024 * 1024
@@ -62,6 +65,11 @@ interface EntryRow extends Row {
   readonly value: Uint8Array | null
   readonly revision: number
   readonly updated_at_ms: string
+}
+
+interface WatchRow extends EntryRow {
+  /** Rows of this page, with those that were too much for one answer. */
+  readonly found: number
 }
 
 export class PostgresKv implements KvStore<PostgresTx> {
@@ -256,8 +264,8 @@ export class PostgresKv implements KvStore<PostgresTx> {
     let entriesAfter: string | undefined = updatesOnly ? undefined : ''
     let position = 0
     const readEntries = async () => {
-      const rows = await db.query<EntryRow>(WATCH_ENTRIES, [bucket, filter, entriesAfter, WATCH_PAGE, start], 'watch')
-      entriesAfter = rows.length < WATCH_PAGE ? undefined : rows.at(-1)?.key
+      const rows = await db.query<WatchRow>(WATCH_ENTRIES, [bucket, filter, entriesAfter, ENTRIES_PAGE, start, WATCH_PAGE_BYTES], 'watch')
+      entriesAfter = isLast(rows, ENTRIES_PAGE) ? undefined : rows.at(-1)?.key
       return rows
     }
     const first: EntryRow[] = []
@@ -278,8 +286,9 @@ export class PostgresKv implements KvStore<PostgresTx> {
           hiAskedAt = clock.now()
           hi = await snapshot()
         }
-        const rows = await db.query<EntryRow>(WATCH_CHANGES, [bucket, filter, lo, hi, position, WATCH_PAGE], 'watch')
-        if (rows.length < WATCH_PAGE) {
+        const values = [bucket, filter, lo, hi, position, CHANGES_PAGE, WATCH_PAGE_BYTES]
+        const rows = await db.query<WatchRow>(WATCH_CHANGES, values, 'watch')
+        if (isLast(rows, CHANGES_PAGE)) {
           lo = hi
           hi = undefined
           position = 0
@@ -329,6 +338,12 @@ export class PostgresKv implements KvStore<PostgresTx> {
 
 function toEntry({ key, value, revision, updated_at_ms }: EntryRow): KvEntry {
   return { key, value: value as Uint8Array, revision: Number(revision), updatedAt: new Date(Number(updated_at_ms)) }
+}
+
+/** Whether nothing comes after these. */
+function isLast(rows: readonly WatchRow[], page: number): boolean {
+  const found = rows[0]?.found ?? 0
+  return found < page && rows.length === found
 }
 
 function toChange(row: EntryRow): KvChange {

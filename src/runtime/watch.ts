@@ -39,18 +39,26 @@ interface Waiter {
   reject(error: unknown): void
 }
 
-/** Read ahead so far; beyond it only when the changes would otherwise be pruned. */
+/** Read ahead so far, in changes or in bytes of values; beyond it only when the changes would otherwise be pruned. */
 const READ_AHEAD = 1_000
+const READ_AHEAD_BYTES = 8 * 1024 * 1024
+/** And not beyond this: a watch that nobody reads is cut off in the end rather than fill the memory. */
+const MOST_BYTES = 64 * 1024 * 1024
+/** What a change takes besides its value, about. */
+const CHANGE_BYTES = 256
 const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value: undefined })
 const PASSING = new Set(['connection', 'unavailable', 'timeout', 'conflict'])
 
 export class ChangeWatch implements KvWatch {
   readonly #options: WatchOptions
   readonly #changes: KvChange[] = []
+  /** What they take. */
+  #bytes = 0
   readonly #waiters: Waiter[] = []
   readonly #onAbort = () => void this.close()
   readonly #running: Promise<void>
   #closed = false
+  #waitsForRoom = false
   #failure: { readonly error: unknown } | undefined
 
   constructor(options: WatchOptions) {
@@ -78,6 +86,7 @@ export class ChangeWatch implements KvWatch {
       this.#options.signal?.removeEventListener('abort', this.#onAbort)
       for (const waiter of this.#waiters.splice(0)) waiter.resolve(DONE)
       this.#changes.length = 0
+      this.#bytes = 0
       this.#options.ear.close()
       this.#options.onClose(this)
     }
@@ -88,7 +97,8 @@ export class ChangeWatch implements KvWatch {
     if (this.#closed) return Promise.resolve(DONE)
     const change = this.#changes.shift()
     if (change) {
-      if (this.#changes.length === READ_AHEAD - 1) this.#options.ear.ring()
+      this.#bytes -= sizeOf(change)
+      if (!this.#isFull && this.#waitsForRoom) this.#options.ear.ring()
       return Promise.resolve({ done: false, value: change })
     }
     if (this.#failure) {
@@ -99,18 +109,25 @@ export class ChangeWatch implements KvWatch {
     return new Promise((resolve, reject) => this.#waiters.push({ resolve, reject }))
   }
 
+  get #isFull(): boolean {
+    return this.#changes.length >= READ_AHEAD || this.#bytes >= READ_AHEAD_BYTES
+  }
+
   async #run(): Promise<void> {
     const { clock, ear, source, pollIntervalMs, keptMs } = this.#options
     let failures = 0
     let lastRead = clock.now()
     while (!this.#closed) {
       const late = clock.now() - lastRead
-      if (this.#changes.length >= READ_AHEAD && late < keptMs / 2) {
-        await ear.wait(keptMs / 2 - late)
-        continue
-      }
       if (late > keptMs) {
-        return this.#fail(new WatchCutOff('it could not read for too long'))
+        return this.#fail(new WatchCutOff(this.#isFull ? 'its changes were not taken for too long' : 'it could not read for too long'))
+      }
+      const untilMs = this.#bytes >= MOST_BYTES ? keptMs + 1 : keptMs / 2
+      if (this.#isFull && late < untilMs) {
+        this.#waitsForRoom = true
+        await ear.wait(untilMs - late)
+        this.#waitsForRoom = false
+        continue
       }
       try {
         const startedAt = clock.now()
@@ -133,7 +150,10 @@ export class ChangeWatch implements KvWatch {
     for (const change of changes) {
       const waiter = this.#waiters.shift()
       if (waiter) waiter.resolve({ done: false, value: change })
-      else this.#changes.push(change)
+      else {
+        this.#changes.push(change)
+        this.#bytes += sizeOf(change)
+      }
     }
   }
 
@@ -144,4 +164,8 @@ export class ChangeWatch implements KvWatch {
     waiter.reject(error)
     void this.close()
   }
+}
+
+function sizeOf(change: KvChange): number {
+  return CHANGE_BYTES + (change.operation === 'put' ? change.entry.value.byteLength : 0)
 }
