@@ -260,10 +260,16 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     },
   }
 
-  async #enqueue(enqueues: readonly Enqueue[]): Promise<JobId[]> {
-    if (enqueues.length === 1 && enqueues[0]?.job.dedupKey === undefined) return [await this.#enqueueOne(enqueues[0] as Enqueue)]
-    const [row] = await this.#context.db.query<{ ids: string }>(ENQUEUE_MANY, enqueueParameters(enqueues), 'enqueue')
-    this.#context.ringer.ring(topics(enqueues))
+  /** Keeps nothing of the jobs but what is sent: what they hold, a hundred MiB perhaps, is free while it is under way. */
+  #enqueue(enqueues: readonly Enqueue[]): Promise<JobId[]> {
+    const [only] = enqueues
+    if (only && enqueues.length === 1 && only.job.dedupKey === undefined) return this.#enqueueOne(only).then((id) => [id])
+    return this.#send(enqueueParameters(enqueues), topics(enqueues))
+  }
+
+  async #send(parameters: readonly unknown[], rung: readonly Topic[]): Promise<JobId[]> {
+    const [row] = await this.#context.db.query<{ ids: string }>(ENQUEUE_MANY, parameters, 'enqueue')
+    this.#context.ringer.ring(rung)
     return row?.ids.split(',') ?? []
   }
 

@@ -260,9 +260,14 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     if (row && row.count > 0) this.#context.ringer.ring([{ kind: 'message', name: `${durable}.dlq` }])
   }
 
-  async #publish(messages: readonly CheckedMessage[]): Promise<PubAck[]> {
-    const rows = await this.#context.db.query<PublishRow>(PUBLISH, publishParameters(messages), 'publish')
-    this.#context.ringer.ring(topics(messages))
+  /** Keeps nothing of the messages but what is sent: what they hold, a hundred MiB perhaps, is free while it is under way. */
+  #publish(messages: readonly CheckedMessage[]): Promise<PubAck[]> {
+    return this.#send(publishParameters(messages), topics(messages))
+  }
+
+  async #send(parameters: readonly unknown[], rung: readonly Topic[]): Promise<PubAck[]> {
+    const rows = await this.#context.db.query<PublishRow>(PUBLISH, parameters, 'publish')
+    this.#context.ringer.ring(rung)
     return rows.map(toPubAck)
   }
 
