@@ -31,24 +31,30 @@ export async function findInstalled(): Promise<string | undefined> {
 export interface InstalledServer extends AsyncDisposable {
   readonly connectionString: string
   readonly port: number
+  /** The postmaster's; another one after {@link moveTo}. */
+  readonly pid: number
   /** Ends the sessions in order and starts again, with the same data, on that port. */
   moveTo(port: number): Promise<void>
   stop(): Promise<void>
 }
 
-/** @param directory what {@link findInstalled} answered */
-export async function startInstalled(directory: string): Promise<InstalledServer> {
+/**
+ * @param directory what {@link findInstalled} answered
+ * @param settings as in postgresql.conf, on top of those of a cluster that is thrown away
+ */
+export async function startInstalled(directory: string, settings: Readonly<Record<string, string>> = {}): Promise<InstalledServer> {
   const account = await chooseAccount(undefined)
   const binaries = { initdb: join(directory, 'initdb'), postgres: join(directory, 'postgres') }
   const supervision = new Supervision()
   try {
     const cluster = await prepareCluster({ dataDir: undefined, keep: false, account, binaries, supervision })
     let port = await freePort()
+    let pid = 0
     const url = () => `postgres://postgres:${cluster.password}@127.0.0.1:${port}/postgres`
     const start = async () => {
-      await writeSettings(cluster, account, port, {})
+      await writeSettings(cluster, account, port, settings)
       const as = { uid: account.uid, gid: account.gid }
-      await supervision.startServer({ file: binaries.postgres, dataDir: cluster.dataDir, as })
+      pid = await supervision.startServer({ file: binaries.postgres, dataDir: cluster.dataDir, as })
       await eventually(() => answers(url()), { timeoutMs: 30_000, what: 'the installed server' })
     }
     await start()
@@ -60,6 +66,9 @@ export async function startInstalled(directory: string): Promise<InstalledServer
       },
       get port() {
         return port
+      },
+      get pid() {
+        return pid
       },
       async moveTo(other) {
         await supervision.request({ do: 'stop', signal: 'SIGINT' })
