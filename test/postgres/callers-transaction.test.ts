@@ -4,6 +4,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { BusError, PostgresBus, type PostgresTx, Worker } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { session } from '../support/sessions.ts'
+import { eventually } from '../support/wait.ts'
 
 const connectionString = databaseUrl()
 const schema = freshSchema()
@@ -128,7 +129,7 @@ describe('the caller’s transaction', () => {
     await using client = await session(connectionString)
     const name = unique('rolled-back')
     const attempts: number[] = []
-    const done = Promise.withResolvers<void>()
+    let done = false
     await using _worker = new Worker(
       bus.jobs,
       name,
@@ -137,12 +138,12 @@ describe('the caller’s transaction', () => {
         await client.query('begin')
         await job.ack({ tx: client })
         await client.query(job.attempt === 1 ? 'rollback' : 'commit')
-        if (job.attempt === 2) done.resolve()
+        done = job.attempt === 2
       },
       { leaseTtlMs: 500 },
     )
     await bus.jobs.enqueue(name, { payload: 'x' })
-    await done.promise
+    await eventually(() => done, { what: 'the second attempt' })
     expect(attempts).toEqual([1, 2])
     expect(await bus.jobs.claim(name, 'w', 1_000)).toBeNull()
   })

@@ -379,7 +379,7 @@ export const jobMutants: readonly Mutant[] = [
     ],
     files: ['test/postgres/heads.test.ts'],
     caughtBy: ['J1 a job whose transaction commits long after the head has passed it is found'],
-    beside: ['J2 without dead rows nothing is noted'],
+    beside: ['J7 a waiting claim gets a job behind dead rows at its time'],
   },
   {
     id: 'worker-does-not-heartbeat',

@@ -229,20 +229,4 @@ export const logMutants: readonly Mutant[] = [
     caughtBy: ['P4 P9 what was acked stays so, what was in flight comes again'],
     beside: ['P9 so it does before it publishes in a transaction of the caller’s'],
   },
-  {
-    id: 'restored-in-two-moments',
-    rule: 'P9',
-    guarantee: 'only a restored database is taken for one',
-    broken: 'the look takes the snapshot and the rows at two moments',
-    edits: [
-      {
-        file: UPKEEP,
-        find: 'language sql stable\nset enable_seqscan = off as $$\n  select exists (\n      select from klieo.consumer_offsets o',
-        replace: 'language sql volatile\nset enable_seqscan = off as $$\n  select exists (\n      select from klieo.consumer_offsets o',
-      },
-    ],
-    files: ['test/postgres/interleavings.test.ts'],
-    caughtBy: ['P9 what commits while a process looks whether the log was restored'],
-    beside: ['P9 a process connects while a publishing transaction is open'],
-  },
 ]
