@@ -112,10 +112,10 @@ describe('leases that were asked for anew', () => {
     await bus.jobs.enqueue(queue, { payload: 'x' })
     const job = await bus.jobs.claim(queue, 'w', LONG_MS)
     const row = await oneRow<{ token: string; ends: string }>(`select token, ${ends} from ${schema}.jobs where id = $1`, [job!.id])
-    const beat = await oneRow<{ until: string }>(`select extract(epoch from ${schema}.heartbeat_job($1, $2, 1000)) as until`, [
-      job!.id,
-      row.token,
-    ])
+    const beat = await oneRow<{ until: string }>(
+      `select extract(epoch from b.until) as until from ${schema}.heartbeat_job($1, $2, 1000) b`,
+      [job!.id, row.token],
+    )
     expect(beat.until).toBe(row.ends)
     expect((await oneRow<{ ends: string }>(`select ${ends} from ${schema}.jobs where id = $1`, [job!.id])).ends).toBe(row.ends)
     await job!.ack()

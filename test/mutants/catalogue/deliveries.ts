@@ -280,7 +280,7 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [{ file: STREAM, find: 'await this.#release(this.#buffer.splice(0))', replace: 'this.#buffer.splice(0)' }],
     files: [SETTLING],
     caughtBy: ['P10 fifty prefetched messages are with the other member at once'],
-    beside: ['P10 when the bus closes, what it yielded is with the other member at once too'],
+    beside: ['P6 of the last delivery: the dead letter is there at once'],
   },
   {
     id: 'close-forgets-yielded',
@@ -296,7 +296,7 @@ export const deliveryMutants: readonly Mutant[] = [
     ],
     files: [SETTLING],
     caughtBy: ['P10 when the bus closes, what it yielded is with the other member at once too'],
-    beside: ['P10 fifty prefetched messages are with the other member at once'],
+    beside: ['P6 of the last delivery: the dead letter is there at once'],
   },
   {
     id: 'expired-yet-yielded',

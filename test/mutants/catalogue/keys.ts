@@ -222,7 +222,7 @@ export const keyMutants: readonly Mutant[] = [
     ],
     files: [POSTGRES],
     caughtBy: ['K5 while a lease is live another one is refused', 'K5 of any number of concurrent acquirers one gets it'],
-    beside: ['K5 a lease does not touch the value of the key'],
+    beside: ['K4 get answers what was put'],
   },
   {
     id: 'lease-expiry-not-strict',

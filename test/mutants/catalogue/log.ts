@@ -153,7 +153,7 @@ export const logMutants: readonly Mutant[] = [
     ],
     files: ['test/postgres/windows.test.ts'],
     caughtBy: ['P12 a msgId is free again once its two minutes are over'],
-    beside: ['P12 a duplicate does not prolong the two minutes'],
+    beside: ['J5 the record of a job that is done is over after a day'],
   },
   {
     id: 'message-id-window-prolonged',
@@ -170,7 +170,7 @@ export const logMutants: readonly Mutant[] = [
     ],
     files: ['test/postgres/windows.test.ts'],
     caughtBy: ['P12 a duplicate does not prolong the two minutes'],
-    beside: ['P12 a msgId is free again once its two minutes are over'],
+    beside: ['J5 the record of a job that is done is over after a day'],
   },
   {
     id: 'retention-by-age',
@@ -206,7 +206,7 @@ export const logMutants: readonly Mutant[] = [
     edits: [{ file: SQL, find: 'perform pg_advisory_xact_lock_shared(klieo.creation_lock());', replace: '' }],
     files: ['test/postgres/interleavings.test.ts'],
     caughtBy: ['P13 a durable that is made while messages are being pruned'],
-    beside: ['P7 an ack that waits for a redelivery under way is refused'],
+    beside: ['P9 a process connects while a publishing transaction is open'],
   },
   {
     id: 'rebase-skipped',
