@@ -221,7 +221,20 @@ export class PostgresBus implements Bus<PostgresTx> {
   }
 }
 
-const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', keepAlive: true }
+/** How long a server may take to let a connection in. */
+const CONNECT_MS = 10_000
+
+/**
+ * Whoever takes a connection and never answers must not keep a call waiting for ever. A pool's own limit would count the time that a
+ * call waits for a connection to be free, too.
+ */
+class PoolClient extends pg.Client {
+  constructor(config?: pg.ClientConfig) {
+    super({ connectionTimeoutMillis: CONNECT_MS, ...config })
+  }
+}
+
+const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', keepAlive: true, Client: PoolClient }
 
 function connectionOf(connectionString: string | undefined): pg.ClientConfig {
   return connectionString === undefined ? {} : { connectionString }

@@ -58,6 +58,8 @@ const NEVER_SENT = new Set(['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'ENOENT', 
 const LOST = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ECONNABORTED'])
 const LOST_TEXT =
   /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
+/** pg's own limit and that of its pool, for a connection that is not ready in time. */
+const NOT_LET_IN_TEXT = /^timeout expired$|due to connection timeout/
 const TX_OVER_TEXT = /Transaction is already (committed|rolled back)/
 const POOL_ENDED_TEXT = /Cannot use a pool after calling end/
 const STANDBY_TEXT = /recovery is in progress/
@@ -101,6 +103,9 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
   if (known) return known
   if (NEVER_SENT.has(code) || (error instanceof AggregateError && error.errors.length > 0)) {
     return { code: 'connection', hint: 'the server cannot be reached', retryable: true }
+  }
+  if (NOT_LET_IN_TEXT.test(text)) {
+    return { code: 'connection', hint: 'the server did not take the connection in time; nothing was sent', retryable: true }
   }
   if (LOST.has(code) || LOST_TEXT.test(text)) {
     return { code: 'connection', hint: 'the connection to the server was lost; a write may or may not have happened' }

@@ -15,13 +15,15 @@ import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { pgArray } from './arrays.ts'
 import type { Database } from './database.ts'
 import { toBusError } from './errors.ts'
-import { BE_PRESENT, NEW_INSTANCE, REGISTER, SIGN_OF_LIFE } from './request-reply.sql.ts'
+import { BE_PRESENT, END_FORMER, NEW_INSTANCE, REGISTER, SIGN_OF_LIFE } from './request-reply.sql.ts'
 import { Sockets } from './sockets.ts'
 
 const ALIVE_MS = 1_000
 const SIGN_EVERY_MS = 300
 const PING_MS = 15_000
 const CONNECT_MS = 10_000
+/** Who looks whether a process lives holds its lock for much less. */
+const FORMER_MS = 1_000
 /** How long a server may take to answer the goodbye. */
 const GOODBYE_MS = 300
 
@@ -134,8 +136,8 @@ export class Presence {
     client.on('end', () => lost.resolve())
     try {
       await client.connect()
-      // Waits for a moment if somebody is just looking whether we live.
-      await client.query(this.#db.text(BE_PRESENT), [await this.instance()])
+      await this.#takeLock(client, lost.promise)
+      if (this.#closed) return
       this.#mode = 'lock'
       await this.#write()
       ready()
@@ -149,6 +151,21 @@ export class Presence {
       const timer = setTimeout(() => sockets.cut(), GOODBYE_MS)
       await client.end().catch(() => {})
       clearTimeout(timer)
+    }
+  }
+
+  /**
+   * Waits for a moment if somebody is just looking whether we live, and longer where a session of our own that we have given up has
+   * the lock: if the network has forgotten it, the server does not know yet and would take the process for live when it is dead.
+   */
+  async #takeLock(client: pg.Client, lost: Promise<void>): Promise<void> {
+    const instance = await this.instance()
+    const taken = client.query(this.#db.text(BE_PRESENT), [instance]).then(() => true)
+    taken.catch(() => {}) // nobody waits for it once the bus has closed
+    while (!this.#closed) {
+      const over = await Promise.race([taken, lost.then(() => true), this.#pause(FORMER_MS).then(() => false)])
+      if (over) return void (await taken)
+      if (!this.#closed) await this.#db.query(END_FORMER, [instance], 'respond').catch(() => {})
     }
   }
 

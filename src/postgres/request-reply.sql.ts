@@ -67,6 +67,18 @@ export const NEW_INSTANCE = `select nextval('klieo.instance_id')::int as id`
 /** Held by a session as long as its process lives; see klieo.live_responders. $1 process */
 export const BE_PRESENT = `select pg_advisory_lock(klieo.presence_class(), $1)`
 
+/** Ends the session that is present for a process; who only looks holds another kind of lock. $1 process */
+export const END_FORMER = `
+  select pg_terminate_backend(l.pid)
+  from pg_locks l
+  where l.locktype = 'advisory'
+    and l.granted
+    and l.mode = 'ExclusiveLock'
+    and l.objsubid = 2
+    and l.classid = (klieo.presence_class()::bigint & 4294967295)::oid
+    and l.objid = ($1::bigint & 4294967295)::oid
+    and l.database = (select oid from pg_database where datname = current_database())`
+
 /** The responders of a process, anew. $1 process, $2 filters, $3 null, or how long they count as live without another sign of life, in ms */
 export const REGISTER = `
   with gone as (
