@@ -31,13 +31,23 @@ const BY_STATE: Readonly<Record<string, Verdict>> = {
   '23514': { code: 'invalid_argument', hint: 'a table of the bus refuses the value' },
   '42P01': {
     code: 'schema_outdated',
-    hint: 'the tables of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true',
+    hint: 'the tables of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true, or restore the schema from a dump if that finds nothing to do',
   },
   '42703': { code: 'schema_outdated', hint: 'the tables of the bus are old; run `klieo-bus migrate` or connect with migrate: true' },
   '42883': {
     code: 'schema_outdated',
-    hint: 'the functions of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true',
+    hint: 'the functions of the bus are missing or old; run `klieo-bus migrate` or connect with migrate: true, or restore the schema from a dump if that finds nothing to do',
   },
+  '42725': {
+    code: 'schema_outdated',
+    hint: 'somebody has added a function of a name of the bus’s to its schema; drop it, or restore the schema from a dump',
+  },
+  ...Object.fromEntries(
+    ['42P10', '42704', '42804', '42809', '42P13', '23502'].map((state) => [
+      state,
+      { code: 'schema_outdated', hint: 'the schema of the bus is not as its migrations made it; restore it from a dump' } as const,
+    ]),
+  ),
   '3F000': { code: 'schema_outdated', hint: 'the schema of the bus is missing; run `klieo-bus migrate` or connect with migrate: true' },
   '42501': { code: 'permission_denied', hint: 'the role may not do this; grant it the rights' },
   '3D000': { code: 'not_found', hint: 'the database does not exist; create it' },

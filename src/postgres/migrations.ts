@@ -36,7 +36,9 @@ const MAX_TRIES = 6
  * Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won. And a lock that
  * was not granted in time (55P03).
  */
-const PASSING = new Set(['23505', '42P06', '42P07', '42710', '55P03'])
+const PASSING = new Set(['23505', '42P06', '42P07', '42710', '42723', '55P03'])
+/** A thing of that name is there, and it stays there. */
+const TAKEN = new Set(['42P07', '42710', '42723'])
 
 /** The migrations in order, without their endings. */
 export function migrationNames(): string[] {
@@ -193,11 +195,22 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
     try {
       return await migrateOnce(pool, schema)
     } catch (error) {
-      const passing = isTransient(error) || PASSING.has(sqlState(error) ?? '')
+      const state = sqlState(error) ?? ''
+      const passing = isTransient(error) || PASSING.has(state)
+      if (tries === MAX_TRIES && TAKEN.has(state)) throw taken(error, schema)
       if (!passing || tries === MAX_TRIES) throw toBusError(error, `migrate schema "${schema}"`)
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
     }
   }
+}
+
+function taken(error: unknown, schema: string): BusError {
+  const text = error instanceof Error ? error.message : String(error)
+  return new BusError(
+    'schema_outdated',
+    `schema "${schema}" holds something that its list of migrations does not account for (${text}); use another schema if it is not the bus's, else restore it from a dump`,
+    { cause: error },
+  )
 }
 
 async function migrateOnce(pool: pg.Pool, schema: string): Promise<string[]> {
