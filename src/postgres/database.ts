@@ -277,8 +277,9 @@ export class Database {
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
       return true
     }
-    // A prepared statement that is not there, or there already: a pooler, or DISCARD ALL.
-    if (this.#prepare && (state === '26000' || state === '42P05')) {
+    // A prepared statement that is not there, or there already: a pooler, or DISCARD ALL. Of statements that meet it at once the
+    // first ends the preparing, and all are sent again.
+    if (state === '26000' || state === '42P05') {
       this.#prepare = false
       return true
     }
@@ -288,7 +289,7 @@ export class Database {
       this.#texts.clear()
       return true
     }
-    if (!this.#explicit && state === 'KB003') {
+    if (state === 'KB003') {
       this.#explicit = true
       return true
     }
