@@ -1,0 +1,3 @@
+import { conformanceWhereTheDefaultIs } from './support/server/isolation.ts'
+
+await conformanceWhereTheDefaultIs('serializable')
