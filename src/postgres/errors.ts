@@ -65,6 +65,8 @@ const BY_CLASS: Readonly<Record<string, Verdict>> = {
 
 /** Errors of the network from before anything was sent: repeating is safe. */
 const NEVER_SENT = new Set(['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'ENOENT', 'EHOSTUNREACH', 'ENETUNREACH'])
+/** pg's, when a server took the connection and did not answer in time. */
+const NEVER_SENT_TEXT = /^timeout expired$/
 const LOST = new Set(['ECONNRESET', 'EPIPE', 'ETIMEDOUT', 'ECONNABORTED'])
 const LOST_TEXT =
   /Connection terminated|Client has encountered a connection error|Connection ended|not queryable|Query read timeout|Client was closed/
@@ -111,7 +113,7 @@ function judge(code: string, text: string, constraint: unknown, error: unknown):
     return { code: 'unavailable', hint: 'a listener that sleeps in a transaction has filled the notification queue' }
   const known = BY_STATE[code]
   if (known) return known
-  if (NEVER_SENT.has(code) || (error instanceof AggregateError && error.errors.length > 0)) {
+  if (NEVER_SENT.has(code) || NEVER_SENT_TEXT.test(text) || (error instanceof AggregateError && error.errors.length > 0)) {
     return { code: 'connection', hint: 'the server cannot be reached', retryable: true }
   }
   if (NOT_LET_IN_TEXT.test(text)) {
