@@ -8,6 +8,8 @@ import type { Fault, FaultKind } from './schedule.ts'
 import type { ChaosServer } from './server.ts'
 
 const TERMINATED = 3
+/** Between two faults of the server, however long it took to come back: what is always down is never used. */
+const SERVER_UP_MS = 10_000
 
 export class Faults {
   readonly #crew: Crew
@@ -17,6 +19,7 @@ export class Faults {
   readonly #underWay = new Set<Promise<void>>()
   /** Server faults, one after the other. */
   #serverTurn: Promise<void> = Promise.resolve()
+  #serverUpAt = performance.now()
   readonly counts = new Map<FaultKind, number>()
 
   constructor(crew: Crew, server: ChaosServer, recorder: Recorder) {
@@ -53,7 +56,7 @@ export class Faults {
 
   /** As long as the fault lasts, or until everything is to be mended. */
   async #last(ms: number): Promise<void> {
-    await sleep(ms, undefined, { signal: this.#healing.signal }).catch(() => {})
+    await sleep(Math.max(0, ms), undefined, { signal: this.#healing.signal }).catch(() => {})
   }
 
   #note(fault: string, target?: string): void {
@@ -89,12 +92,15 @@ export class Faults {
   }
 
   async #hitServer(kind: 'serverKill' | 'serverRestart', lengthMs: number): Promise<void> {
+    await this.#last(this.#serverUpAt + SERVER_UP_MS - performance.now())
+    if (this.#healing.signal.aborted) return
     this.#hit(kind)
     if (kind === 'serverKill') {
       await this.#server.kill()
       await this.#last(lengthMs)
     }
     await this.#server.restart()
+    this.#serverUpAt = performance.now()
     this.#note('serverUp')
   }
 
