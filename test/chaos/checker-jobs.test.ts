@@ -317,6 +317,12 @@ describe('requests', () => {
     ask(record, undefined)
     handle(record, 'r1', breaks ? 1_300 : 1_200)
   })
+
+  caught('R4 the same, with nothing in its way', 'requests: not after the deadline', (record, breaks) => {
+    ask(record, undefined)
+    handle(record, 'r1', 5_000)
+    record.fault('freeze', breaks ? 'b' : 'a', 1)
+  })
 })
 
 describe('processes', () => {

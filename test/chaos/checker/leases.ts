@@ -2,12 +2,14 @@
  * K5: leases exclude one another, and their fences grow.
  *
  * Assumes: a lease was granted between the call and its answer, and ends no earlier than its ttl after the call of the lease, or of a
- * heartbeat of it that succeeded; no later than its ttl after their answers. It ends earlier by a release, whatever was answered, and
+ * heartbeat of it that succeeded; no later than its ttl after their answers, but for a heartbeat that was not answered, which may have
+ * arrived at any time. It ends earlier by a release, whatever was answered, and
  * by the close of a bus of its process. Grants whose answers were lost make others wait and use up fences; neither is a fault.
  */
 
 import type { Answers } from '../record.ts'
 import { TOLERANCE_US } from './ack-wait.ts'
+import { isRefusal } from './fates.ts'
 import { type History, type LeaseCall, type LeaseUseCall, MS, type Op } from './history.ts'
 import type { Findings } from './report.ts'
 
@@ -111,6 +113,6 @@ function checkHeartbeats(key: string, lease: Held, held: readonly Held[], findin
           uses.slice(0, 8),
         )
     }
-    runsOut = Math.max(runsOut, use.end + use.call.ttlMs * MS)
+    if (!isRefusal(use)) runsOut = Math.max(runsOut, (use.ok ? use.end : Number.POSITIVE_INFINITY) + use.call.ttlMs * MS)
   }
 }

@@ -17,6 +17,7 @@ type Durable = FinalState['durables'][number]
 
 export function checkEnded(history: History, fates: Fates, findings: Findings): void {
   const letters = lettersOf(history)
+  const stored = new Map(history.final.messages.map((message) => [message.seq, message]))
   for (const durable of history.final.durables) {
     const pairs = history.pairs.get(durable.name)
     const unsettled = new Set(durable.unsettled)
@@ -34,7 +35,7 @@ export function checkEnded(history: History, fates: Fates, findings: Findings): 
       checkEnd(durable, message, pairs?.get(message.seq), mine?.get(message.seq) ?? [], unsettled.has(message.seq), fates, findings)
     }
     for (const [seq, found] of mine ?? []) {
-      const message = history.final.messages.find((one) => one.seq === seq)
+      const message = stored.get(seq)
       if (!message || !matches(durable.filter, message.subject)) {
         findings.violation('messages: dead letters', `${durable.name} buried message ${seq}, which it never had`, found)
       }
