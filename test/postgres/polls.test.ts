@@ -7,6 +7,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { type Session, session } from '../support/sessions.ts'
+import { eventually } from '../support/wait.ts'
 import { text } from './support/outcome.ts'
 import { take } from './support/reading.ts'
 
@@ -34,11 +35,25 @@ afterAll(async () => {
 
 const fresh = () => `p${++names}`
 
+/** Resolves once the bus has looked in vain for the first time: what is written from then on it finds by looking again, or never. */
+async function untilLooked(at: string): Promise<void> {
+  await eventually(
+    async () => {
+      const { rowCount } = await observer.query(`select from pg_stat_activity where state = 'idle' and query like '%' || $1 || '%'`, [
+        `"${schema}".${at}`,
+      ])
+      return rowCount !== 0
+    },
+    { everyMs: 10, what: `a look at ${at}` },
+  )
+}
+
 describe('what a session of SQL writes', () => {
   test('P14 a message that nobody is told of comes with the poll', async () => {
     const subject = fresh()
     await using stream = await bus.pubsub.subscribe(subject, subject)
     const coming = take(stream, 2, PATIENCE_MS)
+    await untilLooked('fetch_messages')
     await observer.query(`select ${schema}.publish($1, 'one')`, [subject])
     await observer.query(`select ${schema}.publish($1, 'two')`, [subject])
     expect(await coming).toEqual(['one', 'two'])
@@ -48,7 +63,8 @@ describe('what a session of SQL writes', () => {
     const queue = fresh()
     // At the end of its waiting it looks once more, whatever happens: called off before, it does not.
     const coming = bus.jobs.claim(queue, 'w', 60_000, { waitMs: 30_000, signal: AbortSignal.timeout(PATIENCE_MS) })
-    await observer.query(`select pg_sleep(0.1), ${schema}.enqueue($1, 'job')`, [queue])
+    await untilLooked('take_jobs')
+    await observer.query(`select ${schema}.enqueue($1, 'job')`, [queue])
     const job = await coming
     expect(job && text(job.payload)).toBe('job')
     await job?.ack()
@@ -58,7 +74,8 @@ describe('what a session of SQL writes', () => {
     const bucket = fresh()
     await using watch = await bus.kv.watch(bucket, undefined, { updatesOnly: true, signal: AbortSignal.timeout(PATIENCE_MS) })
     const coming = watch[Symbol.asyncIterator]().next()
-    await observer.query(`select pg_sleep(0.1), ${schema}.kv_put($1, 'k', 'v')`, [bucket])
+    await untilLooked('kv_changes')
+    await observer.query(`select ${schema}.kv_put($1, 'k', 'v')`, [bucket])
     expect((await coming).value).toMatchObject({ operation: 'put', entry: { key: 'k' } })
   })
 
@@ -66,6 +83,7 @@ describe('what a session of SQL writes', () => {
     const bucket = fresh()
     await bus.kv.lease(bucket, 'k', 60_000)
     const coming = bus.kv.lease(bucket, 'k', 60_000, { waitMs: 30_000, signal: AbortSignal.timeout(PATIENCE_MS) })
+    await untilLooked('kv_leases')
     await observer.query(`update ${schema}.kv_leases set expires_at = '-infinity' where bucket = $1`, [bucket])
     await (await coming).release()
   })
