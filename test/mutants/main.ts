@@ -15,10 +15,10 @@ import { parseArgs } from 'node:util'
 import { startEmbeddedPostgres } from '../../src/testing/index.ts'
 import { mutants as all } from './catalogue/index.ts'
 import { type Judgement, judge, type TestResult } from './judge.ts'
-import type { Mutant } from './mutant.ts'
+import { type Mutant, mutate } from './mutant.ts'
 import { line, list, type Outcome, seconds, table } from './report.ts'
 import { type RunOptions, runTests } from './run-tests.ts'
-import { Tree } from './tree.ts'
+import { readSource, Tree } from './tree.ts'
 
 /** A run takes seconds; this is for a busy machine. */
 const MUTANT_TIMEOUT_MS = 5 * 60_000
@@ -98,6 +98,12 @@ async function baseline(mutants: readonly Mutant[], options: RunOptions): Promis
 }
 
 async function tryMutant(mutant: Mutant, before: readonly TestResult[], options: Omit<RunOptions, 'timeoutMs'>): Promise<Outcome> {
+  try {
+    mutate(mutant, readSource)
+  } catch (error) {
+    const why = error instanceof Error ? error.message : String(error)
+    return { mutant, judgement: { verdict: 'broken', by: [], also: [], why }, ms: 0 }
+  }
   await using tree = await Tree.make(mutant)
   const whole = values['all-tests']
   const selection = whole ? { files: [], names: [] } : { files: mutant.files, names: [...mutant.caughtBy, ...mutant.beside] }

@@ -177,7 +177,9 @@ export const logMutants: readonly Mutant[] = [
     rule: 'P13',
     guarantee: 'a message is removed when every durable has been past it; never a late commit that one has not yet seen',
     broken: 'what is old enough goes',
-    edits: [{ file: UPKEEP, find: 'where m.tx < v_bound\n      and m.published_at', replace: 'where m.published_at' }],
+    edits: [
+      { file: UPKEEP, find: 'where (m.tx, m.seq) > (v_tx, v_seq) and m.tx < v_bound', replace: 'where (m.tx, m.seq) > (v_tx, v_seq)' },
+    ],
     files: [RETENTION],
     caughtBy: ['P13 a straggler that commits while old messages are removed', 'P13 a message stays while any durable has not been past it'],
     beside: ['P13 a message in flight stays until it is settled'],
@@ -187,13 +189,7 @@ export const logMutants: readonly Mutant[] = [
     rule: 'P13',
     guarantee: 'a message in flight is not removed',
     broken: 'what every durable has been handed goes, settled or not',
-    edits: [
-      {
-        file: UPKEEP,
-        find: '      and not exists (select from klieo.deliveries d where d.seq = m.seq)\n',
-        replace: '',
-      },
-    ],
+    edits: [{ file: UPKEEP, find: '\n      and m.seq <> all (v_held)', replace: '' }],
     files: [RETENTION],
     caughtBy: ['P13 a message in flight stays until it is settled'],
     beside: ['P13 a page that is open keeps what it has not handed out yet'],
