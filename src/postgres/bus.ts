@@ -12,7 +12,7 @@ import {
   LARGEST_MAX_PAYLOAD_BYTES,
 } from '../core/index.ts'
 import { Bell } from '../runtime/bell.ts'
-import { systemClock } from '../runtime/clock.ts'
+import { type Clock, systemClock } from '../runtime/clock.ts'
 import type { Context } from './context.ts'
 import { configOf, Database, type PostgresTx } from './database.ts'
 import { PostgresJobs } from './jobs.ts'
@@ -55,6 +55,8 @@ export interface PostgresBusOptions {
   readonly preparedStatements?: boolean
   /** The floor under the notifications, in ms; jittered; at least 10. @default 1_000 */
   readonly pollIntervalMs?: number
+  /** What its own waits and deadlines go by, apart from the server's clock; for tests that move both. @internal */
+  readonly clock?: Clock
 }
 
 const DEFAULT_RETENTION = { messagesMs: 7 * 24 * 60 * 60 * 1_000, deadJobsMs: 14 * 24 * 60 * 60 * 1_000 }
@@ -112,6 +114,7 @@ export class PostgresBus implements Bus<PostgresTx> {
    */
   static async connect(options: PostgresBusOptions = {}): Promise<PostgresBus> {
     const checked = check(options)
+    const { clock = systemClock } = options
     const ownsPool = options.pool === undefined
     const sockets = new Sockets()
     const pool = options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, stream: sockets.stream })
@@ -127,7 +130,7 @@ export class PostgresBus implements Bus<PostgresTx> {
       throw error
     }
 
-    const bell = new Bell(systemClock)
+    const bell = new Bell(clock)
     const instance = crypto.randomUUID()
     const channel = channelOf(checked.schema)
     const ringer = new Ringer(db, bell, channel, instance)
@@ -147,7 +150,7 @@ export class PostgresBus implements Bus<PostgresTx> {
       db,
       bell,
       ringer,
-      clock: systemClock,
+      clock,
       instance,
       maxPayloadBytes: checked.maxPayloadBytes,
       pollIntervalMs: checked.pollIntervalMs,
