@@ -15,7 +15,7 @@ interface StoredEntry {
   readonly revision: Revision
   readonly updatedAt: number
   /** `undefined`: never. */
-  readonly expiresAt: number | undefined
+  expiresAt: number | undefined
   /** The job that an idempotency record lives as long as (J5). */
   readonly keptBy: string | undefined
   readonly alarm: Alarm
@@ -167,9 +167,13 @@ export class Entries {
   }
 
   #expire(bucket: string, entry: StoredEntry): void {
-    if (this.#expired(entry)) this.#remove(bucket, entry)
-    // An idempotency record whose job lives.
-    else this.#alarms.set(entry.alarm, this.#clock.now() + RECORD_RECHECK_MS)
+    if (this.#expired(entry)) {
+      this.#remove(bucket, entry)
+      return
+    }
+    // An idempotency record whose job lives; it outlives the job by what is left of the hour.
+    entry.expiresAt = this.#clock.now() + RECORD_RECHECK_MS
+    this.#alarms.set(entry.alarm, entry.expiresAt)
   }
 
   #remove(bucket: string, entry: StoredEntry): void {

@@ -195,6 +195,8 @@ describe('jobs', () => {
     const record = await bus.kv.get('dedup.q', 'late')
     assert.equal(new TextDecoder().decode(record?.value), late)
     for (const job of await bus.jobs.claimMany('q', 'w', 1_000, { limit: 10 })) await job.ack()
+    // It is looked at once an hour whether its job still lives.
+    await clock.advance(HOUR)
     assert.equal(await bus.kv.get('dedup.q', 'late'), null)
   })
 
