@@ -60,8 +60,8 @@ export class MemoryJobs implements JobQueue {
     checkQueue(queue)
     checkId('workerId', workerId)
     checkDuration('leaseTtlMs', leaseTtlMs)
-    checkOptions(options)
-    const { limit, waitMs = 0, signal } = options ?? {}
+    checkOptions(options ?? null)
+    const { limit, waitMs = 0, signal } = options
     checkLimit(limit)
     checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
     checkSignal(signal)

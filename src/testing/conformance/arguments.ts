@@ -225,6 +225,7 @@ export function argumentTests<Tx>(suite: Suite<Tx>): void {
       }
       await refuses(/job|payload/, [undefined, null, 'x', 1, {}], (job) => bus.jobs.enqueue(queue, job))
       await refuses(/jobs?|payload/, [undefined, null, 'x', {}, [null], [{}]], (jobs) => bus.jobs.enqueueMany(queue, jobs))
+      await refuses('options', [undefined, null, 5], (options) => bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, options))
       await refuses('limit', [undefined, 0, -1, 1.5, Number.NaN, '1'], (limit) => bus.jobs.claimMany(queue, 'w', LONG_TTL_MS, { limit }))
       await unharmed(bus, queue)
     })
