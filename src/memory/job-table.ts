@@ -30,8 +30,12 @@ interface JobRow extends Slotted {
   /** 0: nobody's. */
   token: number
   visibleAt: number
+  /** Grows with each time that `visibleAt` is set: of those of one moment the earlier set has waited longer, as by a server's finer clock. */
+  order: number
   /** When it became or becomes due, before it was claimed. */
   dueAt: number
+  /** The `order` of that. */
+  dueOrder: number
   lastError: string | undefined
   /** By the clock's `now()`; `undefined` while it is not dead. */
   diedAt: number | undefined
@@ -70,7 +74,7 @@ export interface DeadJob {
 /** Old dead jobs are looked for once in so many jobs, and whenever somebody looks at dead ones. */
 const PRUNE_EVERY = 1_024
 
-const longestWaiting = (a: JobRow, b: JobRow) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.number < b.number)
+const longestWaiting = (a: JobRow, b: JobRow) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.order < b.order)
 
 export class JobTable {
   readonly #clock: Clock
@@ -82,6 +86,7 @@ export class JobTable {
   readonly #jobs = new Map<JobId, JobRow>()
   #lastNumber = 0
   #lastToken = 0
+  #lastOrder = 0
   #untilPrune = PRUNE_EVERY
 
   constructor(clock: Clock, bell: Bell, alarms: Alarms, log: Log, entries: Entries) {
@@ -121,12 +126,16 @@ export class JobTable {
     const claims: MemoryClaim[] = []
     for (const priority of [...queue.ready.keys()].sort((a, b) => b - a)) {
       const ready = queue.ready.get(priority)
-      while (claims.length < limit) {
+      const rows: JobRow[] = []
+      while (claims.length + rows.length < limit) {
         const row = ready?.peek()
         if (!row) break
         this.#leave(row)
-        claims.push(this.#claimRow(row, ttlMs))
+        rows.push(row)
       }
+      // What is claimed together waits again together: then the oldest first.
+      const claimed = new Map(rows.toSorted((a, b) => a.number - b.number).map((row) => [row, this.#claimRow(row, ttlMs)]))
+      claims.push(...rows.map((row) => claimed.get(row) as MemoryClaim))
     }
     return claims
   }
@@ -152,7 +161,7 @@ export class JobTable {
     const row = holding(claim)
     if (!row) return false
     row.lastError = error ?? row.lastError
-    this.#giveBack(row, this.#clock.now() + delayMs)
+    this.#giveBack(row, this.#clock.now() + delayMs, ++this.#lastOrder)
     return true
   }
 
@@ -165,7 +174,8 @@ export class JobTable {
       this.#alarms.clear(row.alarm)
     }
     // As if nobody had claimed it, it keeps its place.
-    this.#giveBack(row, counted ? this.#clock.now() : row.dueAt)
+    if (counted) this.#giveBack(row, this.#clock.now(), ++this.#lastOrder)
+    else this.#giveBack(row, row.dueAt, row.dueOrder)
   }
 
   deadLetter(claim: MemoryClaim, reason: string): boolean {
@@ -180,9 +190,10 @@ export class JobTable {
     const row = holding(claim)
     if (!row) return null
     const now = this.#clock.now()
-    row.visibleAt = Math.max(row.visibleAt, now + ttlMs)
     // It may have run out and not been claimed again.
     this.#leave(row)
+    if (now + ttlMs >= row.visibleAt) row.order = ++this.#lastOrder
+    row.visibleAt = Math.max(row.visibleAt, now + ttlMs)
     row.queue.waiting.push(row)
     if (row.attempts >= row.maxAttempts) this.#alarms.set(row.alarm, row.visibleAt)
     return this.#dateOf(row.visibleAt)
@@ -214,6 +225,8 @@ export class JobTable {
       row.attempts = 0
       row.visibleAt = this.#clock.now()
       row.dueAt = row.visibleAt
+      row.order = ++this.#lastOrder
+      row.dueOrder = row.order
       queue.waiting.push(row)
     }
     if (rows.length > 0) this.#ring(queueName)
@@ -243,6 +256,7 @@ export class JobTable {
   #add(queue: Queue, job: CheckedJob, now: number): void {
     const number = ++this.#lastNumber
     const delay = job.runAt === undefined ? (job.delayMs ?? 0) : job.runAt.getTime() - this.#clock.date().getTime()
+    const order = ++this.#lastOrder
     const row: JobRow = {
       number,
       id: String(number),
@@ -255,7 +269,9 @@ export class JobTable {
       attempts: 0,
       token: 0,
       visibleAt: now + delay,
+      order,
       dueAt: now + delay,
+      dueOrder: order,
       lastError: undefined,
       diedAt: undefined,
       slot: -1,
@@ -283,6 +299,7 @@ export class JobTable {
     row.attempts++
     row.token = ++this.#lastToken
     row.visibleAt = this.#clock.now() + ttlMs
+    row.order = ++this.#lastOrder
     row.queue.waiting.push(row)
     if (row.attempts >= row.maxAttempts) this.#alarms.set(row.alarm, row.visibleAt)
     return {
@@ -299,7 +316,7 @@ export class JobTable {
     }
   }
 
-  #giveBack(row: JobRow, dueAt: number): void {
+  #giveBack(row: JobRow, dueAt: number, order: number): void {
     row.token = 0
     if (row.attempts >= row.maxAttempts) {
       this.#bury(row)
@@ -308,6 +325,8 @@ export class JobTable {
     this.#leave(row)
     row.visibleAt = dueAt
     row.dueAt = dueAt
+    row.order = order
+    row.dueOrder = order
     row.queue.waiting.push(row)
     this.#ring(row.queue.name)
   }

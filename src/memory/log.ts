@@ -39,6 +39,8 @@ interface Unsettled extends Slotted {
   /** 0: nobody's. */
   token: number
   visibleAt: number
+  /** Grows with each time that `visibleAt` is set: of those of one moment the earlier set goes first, as by a server's finer clock. */
+  order: number
   /** No delivery may follow this one. */
   final: boolean
   /** Set while `final`. */
@@ -75,6 +77,7 @@ export class Log {
   readonly #ids = new Map<string, { seq: number; expiresAt: number }>()
   #lastSeq = 0
   #lastToken = 0
+  #lastOrder = 0
   #untilPrune = PRUNE_EVERY
 
   constructor(clock: Clock, bell: Bell, alarms: Alarms) {
@@ -122,7 +125,7 @@ export class Log {
       startSeq: typeof start === 'object' && 'seq' in start ? start.seq : 0,
       startTime: typeof start === 'object' && 'time' in start ? start.time.getTime() : Number.NEGATIVE_INFINITY,
       next: start === 'new' ? this.#messages.length : 0,
-      unsettled: new Heap((a, b) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.message.seq < b.message.seq)),
+      unsettled: new Heap((a, b) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.order < b.order)),
       deleted: false,
     }
     this.#durables.set(name, durable)
@@ -157,6 +160,10 @@ export class Log {
       }
     }
     fetched.sort((a, b) => a.message.seq - b.message.seq)
+    for (const one of fetched) {
+      one.order = ++this.#lastOrder
+      unsettled.moved(one)
+    }
 
     // Redeliveries are exempt from maxAckPending, and yet they count.
     let room = Math.min(limit - fetched.length, subscription.maxAckPending - unsettled.size)
@@ -168,6 +175,7 @@ export class Log {
         attempt: 0,
         token: 0,
         visibleAt: 0,
+        order: 0,
         final: false,
         slot: -1,
         alarm: alarm(() => this.#bury(durable, one)),
@@ -209,7 +217,9 @@ export class Log {
   extend(delivery: MemoryDelivery, ackWaitMs: number): boolean {
     const one = holding(delivery)
     if (!one) return false
-    one.visibleAt = Math.max(one.visibleAt, this.#clock.now() + ackWaitMs)
+    const visibleAt = this.#clock.now() + ackWaitMs
+    if (visibleAt >= one.visibleAt) one.order = ++this.#lastOrder
+    one.visibleAt = Math.max(one.visibleAt, visibleAt)
     delivery.durable.unsettled.moved(one)
     if (one.final) this.#alarms.set(one.alarm, one.visibleAt)
     return true
@@ -217,7 +227,7 @@ export class Log {
 
   /** Hands back what was not yielded: the attempt is not counted. */
   release(deliveries: readonly MemoryDelivery[]): void {
-    for (const delivery of deliveries) {
+    for (const delivery of deliveries.toSorted((a, b) => a.seq - b.seq)) {
       const one = holding(delivery)
       if (!one) continue
       one.attempt--
@@ -258,6 +268,7 @@ export class Log {
     one.attempt++
     one.token = ++this.#lastToken
     one.visibleAt = this.#clock.now() + ackWaitMs
+    one.order = ++this.#lastOrder
     one.final = maxDeliver !== null && one.attempt >= maxDeliver
     if (one.final && !durable.deleted) this.#alarms.set(one.alarm, one.visibleAt)
   }
@@ -266,6 +277,7 @@ export class Log {
     one.token = 0
     one.final = false
     one.visibleAt = visibleAt
+    one.order = ++this.#lastOrder
     this.#alarms.clear(one.alarm)
     durable.unsettled.moved(one)
   }
