@@ -1,0 +1,79 @@
+/** Plays a trace in both worlds, step by step, until they differ. */
+
+import { Comparison, type Seen } from './compare.ts'
+import { jobsActions } from './jobs-actions.ts'
+import { kvActions } from './kv-actions.ts'
+import { misuse } from './misuse.ts'
+import { type Look, Player } from './player.ts'
+import { pubsubActions } from './pubsub-actions.ts'
+import { requestActions } from './request-actions.ts'
+import type { Step } from './steps.ts'
+import { type AnyBus, MemoryWorld, type PostgresStage, TooSlow, TRACE_MS } from './worlds.ts'
+
+/** A watch whose process stands still for nine minutes is cut off: time that jumps so far would look like that. */
+const LONG_MS = 8 * 60_000
+/** Below what messages and dead jobs are kept for: when exactly they go is not promised. */
+const LONGEST_TRACE_MS = 5 * 24 * 60 * 60_000
+
+const passed = new WeakMap<Player, number>()
+
+export const actions = {
+  ...pubsubActions,
+  ...jobsActions,
+  ...kvActions,
+  ...requestActions,
+  misuse,
+  async advance(player: Player, { ms }: { readonly ms: number }) {
+    const sum = (passed.get(player) ?? 0) + ms
+    if (sum > LONGEST_TRACE_MS) return 'too long'
+    passed.set(player, sum)
+    if (ms > LONG_MS) await Promise.all(player.watches.map(({ watch }) => watch.close()))
+    await player.advance(ms)
+    return undefined
+  },
+  async closeBus(player: Player, { bus }: { readonly bus: number }) {
+    return player.closeBus(bus)
+  },
+}
+
+export interface RunOptions {
+  /** What stands between the trace and the buses in memory: tests put faults there. */
+  readonly wrap?: (bus: AnyBus) => AnyBus
+}
+
+export class Difference extends Error {}
+
+/** @throws {@link Difference} */
+export async function run(stage: PostgresStage, trace: readonly Step[], options: RunOptions = {}): Promise<'done' | 'too slow'> {
+  const memory = new Player(new MemoryWorld(), actions, options.wrap)
+  const postgres = new Player(await stage.world(), actions)
+  const comparison = new Comparison()
+  const history: string[] = []
+  const startedAt = performance.now()
+  try {
+    for (const [n, step] of trace.entries()) {
+      const there = await memory.play(step, n)
+      history.push(`${n} ${JSON.stringify(step)}\n    memory:   ${shown(there)}`)
+      const here = await postgres.play(step, n, there)
+      history.push(`    postgres: ${shown(here)}`)
+      if (performance.now() - startedAt > TRACE_MS) return 'too slow'
+      const difference = comparison.difference(there as unknown as Seen, here as unknown as Seen)
+      if (difference !== undefined) throw new Difference(`memory and Postgres differ at step ${n}${difference}\n${history.join('\n')}`)
+    }
+    return 'done'
+  } catch (error) {
+    if (error instanceof TooSlow) return 'too slow'
+    throw error
+  } finally {
+    await Promise.all([memory.end(), postgres.end()])
+  }
+}
+
+function shown({ step, ended, changes, over, signals }: Look): string {
+  return JSON.stringify({
+    ...(step === null ? {} : { step }),
+    ended,
+    ...(changes.length === 0 ? {} : { changes, over }),
+    ...(signals.includes(true) ? { signals } : {}),
+  })
+}
