@@ -20,7 +20,7 @@ export function untilWaiting(observer: pg.ClientBase, name: string, statement = 
       )
       return (rows[0] as { pid: number } | undefined)?.pid ?? 0
     },
-    { what: `a statement of "${name}" that waits for a lock`, timeoutMs: 15_000 },
+    { what: `a statement of "${name}" that waits for a lock`, timeoutMs: 60_000 },
   )
 }
 
