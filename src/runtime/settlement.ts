@@ -131,8 +131,9 @@ export abstract class Settlement {
       await new Promise<void>((resolve) => this.#clock.setTimer(resolve, reconnectDelayMs(tries)))
       try {
         if (await settle()) return true
-        if (this.#clock.now() >= this.deadline) return false
         const found = await this.whereabouts()
+        // Read last: a process that was stopped in between looks when somebody else may have settled it.
+        if (this.#clock.now() >= this.deadline) return false
         return found === undefined || found === 'gone' || found === leaves
       } catch (next) {
         error = next
