@@ -321,5 +321,6 @@ export function traces(area: Area, maxLength: number): fc.Arbitrary<Step[]> {
   const opening = steps.filter((one) => OPENINGS[area].includes(one.do))
   return fc
     .tuple(fc.array(opening, { maxLength: 3, size: 'max' }), fc.array(steps, { minLength: 1, maxLength, size: 'max' }))
-    .map(([first, rest]) => [...first, ...rest])
+    // Last of all the dead letters are read, so that none is lost unseen.
+    .map(([first, rest]) => [...first, ...rest, { do: 'letters', bus: 0 }])
 }
