@@ -319,8 +319,10 @@ const OPENINGS: Readonly<Record<Area, readonly Step['do'][]>> = {
 export function traces(area: Area, maxLength: number): fc.Arbitrary<Step[]> {
   const steps = fc.oneof(...STEPS[area])
   const opening = steps.filter((one) => OPENINGS[area].includes(one.do))
-  return fc
-    .tuple(fc.array(opening, { maxLength: 3, size: 'max' }), fc.array(steps, { minLength: 1, maxLength, size: 'max' }))
-    // Last of all the dead letters are read, so that none is lost unseen.
-    .map(([first, rest]) => [...first, ...rest, { do: 'letters', bus: 0 }])
+  return (
+    fc
+      .tuple(fc.array(opening, { maxLength: 3, size: 'max' }), fc.array(steps, { minLength: 1, maxLength, size: 'max' }))
+      // Last of all the dead letters are read, so that none is lost unseen.
+      .map(([first, rest]) => [...first, ...rest, { do: 'letters', bus: 0 }])
+  )
 }
