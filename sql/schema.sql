@@ -27,7 +27,8 @@ create table klieo.consumer_offsets (
   created_at timestamp with time zone not null default clock_timestamp(),
   last_active_at timestamp with time zone not null default clock_timestamp(),
   constraint consumer_offsets_pkey PRIMARY KEY (id),
-  constraint consumer_offsets_durable_key UNIQUE (durable)
+  constraint consumer_offsets_durable_key UNIQUE (durable),
+  constraint consumer_offsets_names_length CHECK ((((octet_length(durable) >= 1) AND (octet_length(durable) <= 128)) AND ((octet_length(filter) >= 1) AND (octet_length(filter) <= 1024))))
 ) with (fillfactor=50, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
 
 create table klieo.deliveries (
@@ -69,10 +70,12 @@ create table klieo.jobs (
   headers jsonb not null default '{}'::jsonb,
   payload bytea not null,
   constraint jobs_pkey PRIMARY KEY (id),
+  constraint jobs_headers_object CHECK ((jsonb_typeof(headers) = 'object'::text)),
   constraint jobs_headers_size CHECK ((pg_column_size(headers) <= 262144)),
   constraint jobs_max_attempts_positive CHECK ((max_attempts >= 1)),
   constraint jobs_payload_size CHECK ((octet_length(payload) <= 8388608)),
-  constraint jobs_priority_range CHECK (((priority >= '-100'::integer) AND (priority <= 100)))
+  constraint jobs_priority_range CHECK (((priority >= '-100'::integer) AND (priority <= 100))),
+  constraint jobs_queue_length CHECK (((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)))
 ) with (fillfactor=70, autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
 
 create table klieo.kv_changes (
@@ -94,6 +97,8 @@ create table klieo.kv_entries (
   expires_at timestamp with time zone,
   value bytea,
   constraint kv_entries_pkey PRIMARY KEY (bucket, key),
+  constraint kv_entries_dedup_value CHECK ((("left"(bucket, 6) <> 'dedup.'::text) OR (value IS NULL) OR (encode(value, 'escape'::text) ~ '^[0-9]{1,18}$'::text))),
+  constraint kv_entries_names_length CHECK ((((octet_length(bucket) >= 1) AND (octet_length(bucket) <= 134)) AND ((octet_length(key) >= 1) AND (octet_length(key) <= 2048)))),
   constraint kv_entries_value_size CHECK ((octet_length(value) <= 8388608))
 ) with (fillfactor=70, autovacuum_vacuum_scale_factor=0.01, autovacuum_vacuum_threshold=1000, vacuum_truncate=false);
 
@@ -128,8 +133,10 @@ create table klieo.messages (
   headers jsonb not null default '{}'::jsonb,
   payload bytea not null,
   constraint messages_pkey PRIMARY KEY (tx, seq),
+  constraint messages_headers_object CHECK ((jsonb_typeof(headers) = 'object'::text)),
   constraint messages_headers_size CHECK ((pg_column_size(headers) <= 262144)),
-  constraint messages_payload_size CHECK ((octet_length(payload) <= 8388608))
+  constraint messages_payload_size CHECK ((octet_length(payload) <= 8388608)),
+  constraint messages_subject_length CHECK (((octet_length(subject) >= 1) AND (octet_length(subject) <= 1024)))
 ) with (autovacuum_vacuum_insert_scale_factor=0.05, vacuum_truncate=false);
 
 create table klieo.meta (
@@ -157,7 +164,11 @@ create unlogged table klieo.requests (
   deadline timestamp with time zone not null,
   claimed_by integer,
   constraint requests_pkey PRIMARY KEY (id),
-  constraint requests_payload_size CHECK ((octet_length(payload) <= 8388608))
+  constraint requests_headers_object CHECK ((jsonb_typeof(headers) = 'object'::text)),
+  constraint requests_headers_size CHECK ((pg_column_size(headers) <= 262144)),
+  constraint requests_inbox_length CHECK ((octet_length(inbox) <= 128)),
+  constraint requests_payload_size CHECK ((octet_length(payload) <= 8388608)),
+  constraint requests_subject_length CHECK (((octet_length(subject) >= 1) AND (octet_length(subject) <= 1024)))
 ) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=1000, autovacuum_vacuum_cost_delay=0, vacuum_truncate=false);
 
 create unlogged table klieo.responders (
@@ -253,6 +264,8 @@ create view klieo.queue_stats as
 CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -288,6 +301,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.ack_job(id bigint, token uuid)
  RETURNS boolean
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET plan_cache_mode TO 'force_generic_plan'
@@ -302,6 +317,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -325,6 +342,7 @@ CREATE OR REPLACE FUNCTION klieo.as_text(payload bytea)
  RETURNS text
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   return convert_from(payload, 'UTF8');
@@ -337,6 +355,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.bury_deliveries(consumer integer, max_messages integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -377,6 +397,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.bury_jobs(ids bigint[], reason text)
  RETURNS integer
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -422,6 +443,7 @@ CREATE OR REPLACE FUNCTION klieo.check_headers(headers jsonb)
  RETURNS void
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   if headers is null or jsonb_typeof(headers) <> 'object' then
@@ -443,6 +465,7 @@ CREATE OR REPLACE FUNCTION klieo.check_key(bucket text, key text, writing boolea
  RETURNS void
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   perform klieo.check_name('bucket', bucket);
@@ -463,6 +486,7 @@ CREATE OR REPLACE FUNCTION klieo.check_name(argument text, name text)
  RETURNS void
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   if name is null or length(name) > (case when argument = 'bucket' and left(name, 6) = 'dedup.' then 134 else 128 end) or name !~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$' then
@@ -475,6 +499,7 @@ CREATE OR REPLACE FUNCTION klieo.check_payload(argument text, payload bytea)
  RETURNS void
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   if payload is null then
@@ -489,6 +514,7 @@ CREATE OR REPLACE FUNCTION klieo.check_subject(subject text)
  RETURNS void
  LANGUAGE plpgsql
  IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   if subject is null or octet_length(subject) > 1024
@@ -503,14 +529,49 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint DEFAULT 16777216)
  RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
  LANGUAGE sql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes, null) t
   where t.id is not null
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.claim_requests(filter text, process integer, max_requests integer)
+ RETURNS TABLE(id uuid, subject text, headers jsonb, payload bytea, left_ms double precision)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(claim_requests.filter);
+begin
+  return query
+    with open as materialized (
+      select r.id
+      from klieo.requests r
+      where r.claimed_by is null and r.deadline > (select clock_timestamp()) and r.subject ~ v_pattern
+      order by r.deadline
+      limit claim_requests.max_requests
+      for no key update skip locked
+    )
+    update klieo.requests r
+    set claimed_by = claim_requests.process
+    where r.id = any (array(select open.id from open))
+    returning r.id, r.subject, r.headers, r.payload, (extract(epoch from r.deadline - clock_timestamp()) * 1000)::double precision;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean)
  RETURNS SETOF integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 begin
@@ -526,10 +587,39 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.create_roles(prefix text DEFAULT NULL::text)
+ RETURNS SETOF text
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+declare
+  v_kind text;
+  v_role text;
+begin
+  foreach v_kind in array array['producer', 'worker', 'reader', 'admin'] loop
+    v_role := coalesce(create_roles.prefix, klieo.schema_name() || '_') || v_kind;
+    if octet_length(v_role) > 63 then
+      raise exception 'prefix must be short enough for names of 63 bytes' using errcode = '22023';
+    end if;
+    begin
+      if not exists (select from pg_roles a where a.rolname = v_role) then
+        execute format('create role %I nologin', v_role);
+      end if;
+    exception when duplicate_object then
+      -- Somebody else has just made it.
+    end;
+    perform klieo.grant_role(v_kind, v_role);
+    return next v_role;
+  end loop;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.creation_lock()
  RETURNS bigint
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   select ('x' || left(md5('klieo.creation'), 16))::bit(64)::bigint
 $function$;
@@ -537,6 +627,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.cursor_snapshot()
  RETURNS pg_snapshot
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 declare
   v_own xid8 := pg_current_xact_id_if_assigned();
@@ -556,6 +647,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -577,6 +670,7 @@ CREATE OR REPLACE FUNCTION klieo.dedup_lives(bucket text, value bytea)
  RETURNS boolean
  LANGUAGE sql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -585,9 +679,60 @@ AS $function$
   )
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.delete_durable(durable text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_id int;
+begin
+  delete from klieo.consumer_offsets o where o.durable = delete_durable.durable returning o.id into v_id;
+  delete from klieo.deliveries d where d.consumer_id = v_id;
+  return v_id is not null;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.delivery_whereabouts(consumer integer, seq bigint, token uuid)
+ RETURNS text
+ LANGUAGE plpgsql
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return (
+    select case when d.token is null then 'free' when d.token = delivery_whereabouts.token then 'mine' else 'other' end
+    from klieo.deliveries d
+    where d.consumer_id = delivery_whereabouts.consumer and d.seq = delivery_whereabouts.seq
+  );
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.elect_maintainer(token uuid, holder text, ttl_ms double precision)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  return klieo.extend_lease('$klieo', 'maintenance', elect_maintainer.token, elect_maintainer.ttl_ms) is not null
+    or exists (
+      select from klieo.grant_lease('$klieo', 'maintenance', elect_maintainer.token, elect_maintainer.holder, elect_maintainer.ttl_ms)
+    );
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.enqueue(queue text, payload bytea, headers jsonb DEFAULT '{}'::jsonb, dedup_key text DEFAULT NULL::text, max_attempts integer DEFAULT 5, run_at timestamp with time zone DEFAULT now(), priority integer DEFAULT 0)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 declare
   v_id bigint;
@@ -616,6 +761,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[])
  RETURNS TABLE(id bigint, added boolean)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
  SET plan_cache_mode TO 'force_generic_plan'
@@ -629,6 +776,10 @@ declare
   v_found bigint[];
   v_missing boolean;
 begin
+  -- Said here, without the row that a check of the table would print.
+  if 8388608 < any (enqueue_many.lengths) then
+    raise exception 'payload must be at most 8 MiB' using errcode = '54000';
+  end if;
   if enqueue_many.dedup_keys is null and cardinality(enqueue_many.starts) = 1 then
     insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
     values (enqueue_many.queues[1], coalesce(v_due, v_now), coalesce(v_due, v_now), coalesce(enqueue_many.max_attempts[1], 5),
@@ -702,9 +853,29 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.enqueue_one(queue text, payload bytea, headers jsonb DEFAULT '{}'::jsonb, max_attempts integer DEFAULT 5, priority integer DEFAULT 0, delay_ms double precision DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+declare
+  v_due timestamptz := coalesce(enqueue_one.run_at, clock_timestamp() + enqueue_one.delay_ms * interval '1 millisecond');
+  v_id bigint;
+begin
+  insert into klieo.jobs (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+  values (enqueue_one.queue, v_due, v_due, enqueue_one.max_attempts, enqueue_one.priority, enqueue_one.headers, enqueue_one.payload)
+  returning id into v_id;
+  return v_id;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean DEFAULT false)
  RETURNS TABLE(n integer, extended boolean)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -761,9 +932,35 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.extend_lease(bucket text, key text, token uuid, ttl_ms double precision)
+ RETURNS timestamp with time zone
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_until timestamptz;
+begin
+  perform from klieo.kv_leases l
+  where l.bucket = extend_lease.bucket and l.key = extend_lease.key and l.token = extend_lease.token
+  for no key update;
+  if found then
+    update klieo.kv_leases l
+    set expires_at = clock_timestamp() + make_interval(secs => extend_lease.ttl_ms / 1000)
+    where l.bucket = extend_lease.bucket and l.key = extend_lease.key and l.expires_at > clock_timestamp()
+    returning l.expires_at into v_until;
+  end if;
+  return v_until;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[])
  RETURNS TABLE(n integer, extended boolean)
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -790,6 +987,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint)
  RETURNS TABLE(tx xid8, seq bigint, subject text, headers jsonb, payload bytea, published_at timestamp with time zone, attempt integer, token uuid, more boolean, final_due boolean, due_in_ms double precision)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1020,6 +1219,7 @@ CREATE OR REPLACE FUNCTION klieo.filter_pattern(filter text)
  RETURNS text
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE STRICT
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   select '^' || string_agg(
     case token when '*' then '[^.]+' when '>' then '.+' else regexp_replace(token, '([^A-Za-z0-9_-])', '\\\1', 'g') end,
@@ -1027,10 +1227,77 @@ AS $function$
   from unnest(string_to_array(filter, '.')) with ordinality as t(token, n)
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.find_durable(durable text)
+ RETURNS TABLE(id integer, filter text)
+ LANGUAGE plpgsql
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return query select o.id, o.filter from klieo.consumer_offsets o where o.durable = find_durable.durable;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.grant_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision)
+ RETURNS TABLE(fence bigint, expires_at timestamp with time zone)
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return query
+    insert into klieo.kv_leases as l (bucket, key, fence, token, holder, expires_at)
+    select grant_lease.bucket, grant_lease.key, nextval('klieo.lease_fence'), grant_lease.token, grant_lease.holder,
+      clock_timestamp() + make_interval(secs => grant_lease.ttl_ms / 1000)
+    where not exists (
+      select from klieo.kv_leases h where h.bucket = grant_lease.bucket and h.key = grant_lease.key and h.expires_at > clock_timestamp()
+    )
+    on conflict (bucket, key) do update
+      set fence = nextval('klieo.lease_fence'), token = excluded.token, holder = excluded.holder,
+        expires_at = clock_timestamp() + make_interval(secs => grant_lease.ttl_ms / 1000)
+      where l.expires_at <= clock_timestamp()
+    returning l.fence, l.expires_at;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.grant_role(kind text, role text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+declare
+  r record;
+begin
+  if grant_role.kind is null or grant_role.kind not in ('producer', 'worker', 'reader', 'admin') then
+    raise exception 'kind must be producer, worker, reader or admin' using errcode = '22023';
+  elsif grant_role.role = 'public' then
+    raise exception 'role must not be public, which is everybody' using errcode = '22023';
+  elsif not exists (select from pg_roles a where a.rolname = grant_role.role) then
+    raise exception 'role does not exist; make it with: create role … login' using errcode = '42704';
+  end if;
+  execute format('grant usage on schema %I to %I', klieo.schema_name(), grant_role.role);
+  for r in select g.may, g.name from klieo.role_rights() g where g.kind = grant_role.kind loop
+    if r.may = 'execute' then
+      execute format('grant execute on function %I.%I to %I', klieo.schema_name(), r.name, grant_role.role);
+    -- The migrations are not there when psql made the schema.
+    elsif to_regclass(format('%I.%I', klieo.schema_name(), r.name)) is not null then
+      execute format('grant select on table %I.%I to %I', klieo.schema_name(), r.name, grant_role.role);
+    end if;
+  end loop;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone)
  RETURNS timestamp with time zone
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   -- What is being enqueued just now may become visible in another order. Nothing old does.
   select case
@@ -1042,6 +1309,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean DEFAULT false)
  RETURNS TABLE(until timestamp with time zone, extended boolean)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1074,9 +1343,29 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.job_whereabouts(id bigint, token uuid)
+ RETURNS text
+ LANGUAGE plpgsql
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return (
+    select case when j.token is null then 'free' when j.token = job_whereabouts.token then 'mine' else 'other' end
+    from klieo.jobs j
+    where j.id = job_whereabouts.id
+  );
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   perform klieo.check_key(kv_cas.bucket, kv_cas.key, true);
@@ -1091,9 +1380,62 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.kv_changes_between(bucket text, filter text, lo pg_snapshot, hi pg_snapshot, after_revision bigint, max_changes integer, max_bytes bigint)
+ RETURNS TABLE(key text, value bytea, revision bigint, updated_at timestamp with time zone, found bigint)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_changes_between.filter);
+begin
+  return query
+    select p.key, p.value, p.revision, p.changed_at, p.found
+    from (
+      select c.*, count(*) over () as found, sum(coalesce(octet_length(c.value), 0)) over (order by c.revision rows unbounded preceding) as bytes
+      from (
+        select u.key, u.value, u.revision, u.changed_at
+        from (
+          (
+            select s.key, s.value, s.revision, s.changed_at
+            from klieo.kv_changes s
+            where s.tx = any (array(
+                select x.tx from pg_snapshot_xip(kv_changes_between.lo) as x(tx) where pg_visible_in_snapshot(x.tx, kv_changes_between.hi)))
+              and s.bucket = kv_changes_between.bucket
+              and s.revision > kv_changes_between.after_revision
+              and (v_pattern is null or s.key ~ v_pattern)
+          )
+          union all
+          (
+            select n.key, n.value, n.revision, n.changed_at
+            from klieo.kv_changes n
+            where n.tx >= pg_snapshot_xmax(kv_changes_between.lo)
+              and n.tx < pg_snapshot_xmax(kv_changes_between.hi)
+              and pg_visible_in_snapshot(n.tx, kv_changes_between.hi)
+              and n.bucket = kv_changes_between.bucket
+              and n.revision > kv_changes_between.after_revision
+              and (v_pattern is null or n.key ~ v_pattern)
+          )
+        ) u
+        order by u.revision
+        limit kv_changes_between.max_changes
+      ) c
+    ) p
+    where p.bytes - coalesce(octet_length(p.value), 0) < kv_changes_between.max_bytes
+    order by p.revision;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.kv_delete(bucket text, key text, expected bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
@@ -1104,9 +1446,48 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.kv_entries_at(bucket text, filter text, after_key text, max_keys integer, at_snapshot pg_snapshot, max_bytes bigint)
+ RETURNS TABLE(key text, value bytea, revision bigint, updated_at timestamp with time zone, found bigint)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_entries_at.filter);
+begin
+  return query
+    select p.key, p.value, p.revision, p.updated_at, p.found
+    from (
+      select e.*, count(*) over () as found, sum(octet_length(e.value)) over (order by e.key rows unbounded preceding) as bytes
+      from (
+        select e.key, e.value, e.revision, e.updated_at
+        from klieo.kv_entries e
+        where e.bucket = kv_entries_at.bucket
+          and e.key > kv_entries_at.after_key
+          and e.value is not null
+          and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+          and (v_pattern is null or e.key ~ v_pattern)
+          -- An xid beyond the present one is from the cluster that a restored dump came from.
+          and (pg_visible_in_snapshot(e.tx, kv_entries_at.at_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))
+        order by e.key
+        limit kv_entries_at.max_keys
+      ) e
+    ) p
+    where p.bytes - octet_length(p.value) < kv_entries_at.max_bytes
+    order by p.key;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.kv_expire(max_entries integer)
  RETURNS TABLE(bucket text, count integer)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 begin
@@ -1147,7 +1528,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.kv_get(bucket text, key text)
  RETURNS TABLE(value bytea, revision bigint, updated_at timestamp with time zone)
  LANGUAGE plpgsql
- STABLE
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 begin
@@ -1159,7 +1541,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint)
  RETURNS TABLE(n bigint, value bytea, revision bigint, updated_at timestamp with time zone)
  LANGUAGE plpgsql
- STABLE
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET plan_cache_mode TO 'force_generic_plan'
  SET jit TO 'off'
@@ -1184,9 +1567,38 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.kv_keys(bucket text, filter text, after_key text, max_keys integer)
+ RETURNS SETOF text
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_keys.filter);
+begin
+  return query
+    select e.key
+    from klieo.kv_entries e
+    where e.bucket = kv_keys.bucket
+      and e.key > kv_keys.after_key
+      and e.value is not null
+      and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+      and (v_pattern is null or e.key ~ v_pattern)
+    order by e.key
+    limit kv_keys.max_keys;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 begin
   perform klieo.check_key(kv_put.bucket, kv_put.key, true);
@@ -1201,6 +1613,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.kv_write(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[])
  RETURNS record
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET plan_cache_mode TO 'force_generic_plan'
  SET jit TO 'off'
@@ -1309,6 +1723,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.kv_write_soon(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[])
  RETURNS record
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET lock_timeout TO '20ms'
 AS $function$
 begin
@@ -1318,9 +1734,28 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.lease_left(bucket text, key text)
+ RETURNS double precision
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return (
+    select extract(epoch from l.expires_at - clock_timestamp()) * 1000
+    from klieo.kv_leases l
+    where l.bucket = lease_left.bucket and l.key = lease_left.key and l.expires_at > clock_timestamp()
+  );
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.live_responders(subject text)
  RETURNS boolean
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
 AS $function$
@@ -1364,6 +1799,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.look_for_heads(queue text)
  RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET jit TO 'off'
@@ -1412,6 +1848,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.look_is_due(looked_at timestamp with time zone, look_ms double precision)
  RETURNS boolean
  LANGUAGE sql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   -- At most five seconds later, should a look have stood still; at once, should the clock have been set back.
   select look_is_due.looked_at is null
@@ -1421,6 +1858,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.move_head(queue text, priority smallint, begun_from timestamp with time zone, head timestamp with time zone)
  RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
 AS $function$
 #variable_conflict use_column
@@ -1446,6 +1884,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1478,6 +1918,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean DEFAULT false)
  RETURNS SETOF bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1505,9 +1947,21 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.new_instance()
+ RETURNS integer
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  return nextval('klieo.instance_id');
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.next_job_at(queue text, horizon_ms bigint)
  RETURNS timestamp with time zone
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1569,10 +2023,25 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.pick_up_replies(inbox text)
+ RETURNS TABLE(request_id uuid, ok boolean, payload bytea)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  return query delete from klieo.replies p where p.inbox = pick_up_replies.inbox returning p.request_id, p.ok, p.payload;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.presence_class()
  RETURNS integer
  LANGUAGE sql
  IMMUTABLE PARALLEL SAFE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   select ('x' || left(md5('klieo.presence'), 8))::bit(32)::int
 $function$;
@@ -1580,6 +2049,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.prune_kv(max_rows integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1629,6 +2100,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.prune_messages(retention_ms bigint, max_messages integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET jit TO 'off'
@@ -1695,6 +2168,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.prune_rest(dead_jobs_ms bigint, max_rows integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 declare
@@ -1742,6 +2217,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.publish(subject text, payload bytea, headers jsonb DEFAULT '{}'::jsonb, msg_id text DEFAULT NULL::text)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 declare
   v_seq bigint;
@@ -1763,6 +2240,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.publish_many(subjects text[], payloads bytea, starts integer[], lengths integer[], headers text[], msg_ids text[])
  RETURNS TABLE(seq bigint, duplicate boolean)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET jit TO 'off'
  SET plan_cache_mode TO 'force_generic_plan'
@@ -1772,6 +2251,10 @@ declare
   v_seqs bigint[];
   v_new bigint[];
 begin
+  -- Said here, without the row that a check of the table would print.
+  if 8388608 < any (publish_many.lengths) then
+    raise exception 'payload must be at most 8 MiB' using errcode = '54000';
+  end if;
   if publish_many.msg_ids is null then
     -- The default draws the numbers in the order of the input: the sort is below the insert.
     return query
@@ -1828,6 +2311,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.reap_deliveries(max_messages integer)
  RETURNS TABLE(durable text, count integer)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1859,6 +2344,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.reap_jobs(max_jobs integer)
  RETURNS TABLE(queue text, count integer)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1889,6 +2376,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.rebase()
  RETURNS boolean
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 declare
   v_lo pg_snapshot;
@@ -1921,9 +2410,29 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.register_responders(process integer, filters text[], alive_ms double precision)
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  delete from klieo.responders r where r.instance_id = register_responders.process;
+  insert into klieo.responders (instance_id, filter, pattern, alive_until)
+  select register_responders.process, f.filter, klieo.filter_pattern(f.filter),
+    clock_timestamp() + make_interval(secs => register_responders.alive_ms / 1000)
+  from unnest(register_responders.filters) as f(filter);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[])
  RETURNS SETOF integer
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1948,6 +2457,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[] DEFAULT NULL::boolean[])
  RETURNS SETOF bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -1976,10 +2487,66 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.release_lease(bucket text, key text, token uuid)
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  update klieo.kv_leases l
+  set expires_at = '-infinity'
+  where l.bucket = release_lease.bucket and l.key = release_lease.key and l.token = release_lease.token;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.reply_to_request(id uuid, process integer, ok boolean, payload bytea, channel text, notice text)
+ RETURNS text
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_inbox text;
+begin
+  with answered as (
+    delete from klieo.requests r
+    where r.id = reply_to_request.id and r.claimed_by = reply_to_request.process and r.deadline > clock_timestamp()
+    returning r.id, r.inbox, r.deadline
+  )
+  insert into klieo.replies as p (request_id, inbox, ok, payload, expires_at)
+  select a.id, a.inbox, reply_to_request.ok, reply_to_request.payload, a.deadline from answered a
+  on conflict do nothing
+  returning p.inbox into v_inbox;
+  if v_inbox is not null and reply_to_request.channel is not null then
+    perform pg_notify(reply_to_request.channel, replace(reply_to_request.notice, '<inbox>', v_inbox));
+  end if;
+  return v_inbox;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.resign_maintainer(token uuid)
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.release_lease('$klieo', 'maintenance', resign_maintainer.token);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.restored()
  RETURNS boolean
  LANGUAGE sql
- STABLE
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
 AS $function$
   select exists (
@@ -1994,6 +2561,8 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.retry_dead(queue text, id bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 #variable_conflict use_column
 declare
@@ -2007,9 +2576,129 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.revoke_public()
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+declare
+  r record;
+begin
+  for r in select distinct g.may, g.name from klieo.role_rights() g loop
+    if r.may = 'execute' then
+      execute format('revoke all on function %I.%I from public', klieo.schema_name(), r.name);
+    elsif to_regclass(format('%I.%I', klieo.schema_name(), r.name)) is null then
+      continue;
+    elsif r.may = 'usage' then
+      execute format('revoke all on sequence %I.%I from public', klieo.schema_name(), r.name);
+    else
+      execute format('revoke all on table %I.%I from public', klieo.schema_name(), r.name);
+    end if;
+  end loop;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.revoke_role(role text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+declare
+  r record;
+begin
+  if not exists (select from pg_roles a where a.rolname = revoke_role.role) then
+    raise exception 'role does not exist' using errcode = '42704';
+  end if;
+  for r in select distinct g.may, g.name from klieo.role_rights() g loop
+    if r.may = 'execute' then
+      execute format('revoke all on function %I.%I from %I', klieo.schema_name(), r.name, revoke_role.role);
+    elsif to_regclass(format('%I.%I', klieo.schema_name(), r.name)) is null then
+      continue;
+    elsif r.may = 'usage' then
+      execute format('revoke all on sequence %I.%I from %I', klieo.schema_name(), r.name, revoke_role.role);
+    else
+      execute format('revoke all on table %I.%I from %I', klieo.schema_name(), r.name, revoke_role.role);
+    end if;
+  end loop;
+  execute format('revoke all on schema %I from %I', klieo.schema_name(), revoke_role.role);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.role_rights()
+ RETURNS TABLE(kind text, may text, name text)
+ LANGUAGE sql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+  select k.kind, r.may, n.name
+  from (values
+    -- What every process looks at when it connects.
+    ('{producer,worker,reader,admin}'::text[], 'select', '{meta,migrations}'::text[]),
+    ('{producer,worker,reader,admin}', 'execute', '{restored}'),
+
+    ('{producer,worker}', 'execute', '{publish,publish_many,enqueue,enqueue_many,enqueue_one}'),
+    ('{producer,worker}', 'execute', '{send_request,withdraw_request,pick_up_replies}'),
+
+    ('{worker}', 'execute', '{find_durable,create_durable,fetch_messages,bury_deliveries,ack_deliveries,nak_deliveries,extend_deliveries,release_deliveries,delivery_whereabouts}'),
+    ('{worker}', 'execute', '{claim_jobs,take_jobs,ack_job,ack_jobs,nak_jobs,release_jobs,dead_letter_jobs,heartbeat_job,job_whereabouts}'),
+    ('{worker}', 'execute', '{kv_put,kv_cas,kv_delete,kv_write,kv_write_soon,kv_entries_at,kv_changes_between}'),
+    ('{worker}', 'execute', '{take_lease,lease_left,extend_lease,release_lease}'),
+    ('{worker}', 'execute', '{presence_class,new_instance,register_responders,sign_of_life,claim_requests,reply_to_request}'),
+
+    ('{worker,reader,admin}', 'execute', '{kv_get,kv_get_many,kv_keys}'),
+    ('{reader,admin}', 'select', '{queue_stats,consumer_stats,job_details,message_details}'),
+    ('{reader,admin}', 'execute', '{as_text}'),
+
+    ('{admin}', 'execute', '{retry_dead,delete_durable,rebase}'),
+    ('{admin}', 'execute', '{elect_maintainer,resign_maintainer,reap_jobs,reap_deliveries,kv_expire,prune_messages,prune_kv,prune_rest}'),
+
+    -- The owner's alone: what the others are made of.
+    ('{owner}', 'execute', '{role_rights,grant_role,revoke_role,create_roles,revoke_public,schema_name}'),
+    ('{owner}', 'execute', '{filter_pattern,check_subject,check_name,check_key,check_headers,check_payload}'),
+    ('{owner}', 'execute', '{cursor_snapshot,window_has_message,creation_lock,settle_deliveries,extend_waiting}'),
+    ('{owner}', 'execute', '{settle_jobs,bury_jobs,look_is_due,look_for_heads,head_before,move_head,next_job_at}'),
+    ('{owner}', 'execute', '{dedup_lives,grant_lease,live_responders}'),
+    ('{owner}', 'select', '{messages,message_ids,consumer_offsets,deliveries,kv_entries,kv_changes,kv_horizons,kv_leases,jobs,job_heads,responders,requests,replies,migrations_lock}'),
+    ('{owner}', 'usage', '{message_seq,kv_revision,lease_fence,job_id,instance_id,consumer_offsets_id_seq,job_heads_seq_seq,responders_id_seq}')
+  ) as r(kinds, may, names),
+  unnest(r.kinds) as k(kind),
+  unnest(r.names) as n(name)
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.schema_name()
+ RETURNS name
+ LANGUAGE sql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+  select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = 'klieo.meta'::regclass
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.send_request(id uuid, subject text, headers jsonb, payload bytea, inbox text, timeout_ms double precision, channel text, notice text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if not klieo.live_responders(send_request.subject) then
+    return false;
+  end if;
+  insert into klieo.requests (id, subject, headers, payload, inbox, deadline)
+  values (send_request.id, send_request.subject, send_request.headers, send_request.payload, send_request.inbox,
+    now() + make_interval(secs => send_request.timeout_ms / 1000));
+  if send_request.channel is not null then
+    perform pg_notify(send_request.channel, send_request.notice);
+  end if;
+  return true;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.settle_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean)
  RETURNS TABLE(n integer, consumer_id integer, seq bigint)
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -2052,6 +2741,7 @@ $function$;
 CREATE OR REPLACE FUNCTION klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean)
  RETURNS bigint[]
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -2075,9 +2765,31 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.sign_of_life(process integer, alive_ms double precision)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_rows int;
+begin
+  update klieo.responders r
+  set alive_until = clock_timestamp() + make_interval(secs => sign_of_life.alive_ms / 1000)
+  where r.instance_id = sign_of_life.process;
+  get diagnostics v_rows = row_count;
+  return v_rows;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint, horizon_ms bigint)
  RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, expires_at timestamp with time zone)
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -2229,10 +2941,25 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.take_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision)
+ RETURNS TABLE(fence bigint, expires_at timestamp with time zone)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.check_key(take_lease.bucket, take_lease.key, true);
+  return query
+    select g.fence, g.expires_at
+    from klieo.grant_lease(take_lease.bucket, take_lease.key, take_lease.token, take_lease.holder, take_lease.ttl_ms) g;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.window_has_message(lo pg_snapshot, hi pg_snapshot)
  RETURNS boolean
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_seqscan TO 'off'
  SET enable_bitmapscan TO 'off'
  SET enable_mergejoin TO 'off'
@@ -2257,6 +2984,20 @@ begin
     select m.tx into v_tx from klieo.messages m where m.tx > v_tx and m.tx < pg_snapshot_xmax(hi) order by m.tx, m.seq limit 1;
   end loop;
   return false;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.withdraw_request(id uuid)
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+begin
+  delete from klieo.requests r where r.id = withdraw_request.id;
 end
 $function$;
 
@@ -2568,7 +3309,11 @@ comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a 
 
 comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
+comment on function klieo.claim_requests(filter text, process integer, max_requests integer) is 'Gives open requests to a responding process, with the ms that are left of each.';
+
 comment on function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamp with time zone, start_new boolean) is 'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
+
+comment on function klieo.create_roles(prefix text) is 'Makes four roles without a login, called <prefix>producer, <prefix>worker, <prefix>reader and <prefix>admin (the prefix is the schema''s name and _ unless given), and grants them their rights; answers their names. Needs the right to create roles where they are missing.';
 
 comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
 
@@ -2578,11 +3323,21 @@ comment on function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons 
 
 comment on function klieo.dedup_lives(bucket text, value bytea) is 'Whether an idempotency record is kept alive by its job.';
 
+comment on function klieo.delete_durable(durable text) is 'Deletes a durable, its position and what is unsettled; answers whether there was one.';
+
+comment on function klieo.delivery_whereabouts(consumer integer, seq bigint, token uuid) is 'Whose a delivery is: free, mine (of the token''s bearer) or other; null: it is settled.';
+
+comment on function klieo.elect_maintainer(token uuid, holder text, ttl_ms double precision) is 'Whether the bearer of the token is the one process that reaps and prunes, for the next ttl_ms.';
+
 comment on function klieo.enqueue(queue text, payload bytea, headers jsonb, dedup_key text, max_attempts integer, run_at timestamp with time zone, priority integer) is 'Enqueues a job in this transaction and answers its id; with a dedup_key that is taken, the id of the first job.';
 
 comment on function klieo.enqueue_many(queues text[], payloads bytea, starts integer[], lengths integer[], headers text[], dedup_keys text[], max_attempts integer[], delays_ms bigint[], run_ats timestamp with time zone[], priorities integer[]) is 'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
+comment on function klieo.enqueue_one(queue text, payload bytea, headers jsonb, max_attempts integer, priority integer, delay_ms double precision, run_at timestamp with time zone) is 'Enqueues a job without a dedup key and answers its id. Checks nothing but what the tables check: enqueue() does.';
+
 comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean) is 'Restarts visibility timeouts, never shortening one; answers the positions of those whose token is still valid, and whether they were extended.';
+
+comment on function klieo.extend_lease(bucket text, key text, token uuid, ttl_ms double precision) is 'Extends a lease of the token''s bearer; answers its end, or null when it is lost.';
 
 comment on function klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, after whoever has locked the deliveries; answers the positions of those whose token is still valid then.';
 
@@ -2590,13 +3345,25 @@ comment on function klieo.fetch_messages(consumer integer, max_messages integer,
 
 comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
 
+comment on function klieo.find_durable(durable text) is 'The id and the filter of a durable; no row: there is none.';
+
+comment on function klieo.grant_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision) is 'Grants a lease that nobody holds, in any bucket; no row: somebody does.';
+
+comment on function klieo.grant_role(kind text, role text) is 'Gives a role the rights of a kind (producer, worker, reader or admin), besides those it has. For the owner of the schema; may be repeated.';
+
 comment on function klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone) is 'The head to note after the first job was found there; null: none was.';
 
 comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end and whether it could be extended, or no row when it is lost.';
 
+comment on function klieo.job_whereabouts(id bigint, token uuid) is 'Whose a job is: free, mine (of the token''s bearer) or other; null: it is gone.';
+
 comment on function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint) is 'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
 
+comment on function klieo.kv_changes_between(bucket text, filter text, lo pg_snapshot, hi pg_snapshot, after_revision bigint, max_changes integer, max_bytes bigint) is 'The changes of a bucket that hi sees and lo does not, in the order of their revisions, from after a revision on, with about max_bytes of values; found says how many there are up to max_changes.';
+
 comment on function klieo.kv_delete(bucket text, key text, expected bigint) is 'Deletes a key, if expected is given only while it is at that revision; answers the revision of the deletion, or null if there was nothing to delete.';
+
+comment on function klieo.kv_entries_at(bucket text, filter text, after_key text, max_keys integer, at_snapshot pg_snapshot, max_bytes bigint) is 'The entries of a bucket that a snapshot sees and that are there still, in the order of their keys, from after a key on, with about max_bytes of values; found says how many there are up to max_keys.';
 
 comment on function klieo.kv_expire(max_entries integer) is 'Turns expired entries into tombstones, so that watches see them go; answers how many of which bucket.';
 
@@ -2604,11 +3371,15 @@ comment on function klieo.kv_get(bucket text, key text) is 'The entry of a key; 
 
 comment on function klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint) is 'The entries of keys, by their positions; no row while one is absent. Once the values before it come to max_bytes, an entry is answered without its value: ask for it again.';
 
+comment on function klieo.kv_keys(bucket text, filter text, after_key text, max_keys integer) is 'The keys of a bucket that match the filter (null: all), in order, from after a key on.';
+
 comment on function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint) is 'Writes a key, absent again after ttl_ms; answers the new revision.';
 
 comment on function klieo.kv_write(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[]) is 'Writes and deletes keys, in rounds that end where round_ends says (null: one round). Answers for each write its revision, or null if it lost and, where the key is there, its revision now. Checks nothing but what the tables check.';
 
 comment on function klieo.kv_write_soon(buckets text[], keys text[], payload bytea, starts integer[], lengths integer[], expected bigint[], ttls_ms bigint[], round_ends integer[], OUT revisions bigint[], OUT actuals bigint[]) is 'The same, but fails with 55P03 and writes nothing where one of the keys is locked for more than an instant: nobody else waits along.';
+
+comment on function klieo.lease_left(bucket text, key text) is 'How long the holder of a lease still has, in ms; null: nobody holds it.';
 
 comment on function klieo.live_responders(subject text) is 'Whether any live process answers requests on the subject.';
 
@@ -2622,7 +3393,11 @@ comment on function klieo.nak_deliveries(consumers integer[], seqs bigint[], tok
 
 comment on function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean) is 'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
 
+comment on function klieo.new_instance() is 'A number for a process that answers requests.';
+
 comment on function klieo.next_job_at(queue text, horizon_ms bigint) is 'When the next delayed or running job of the queue becomes claimable, within horizon_ms; null: there is none.';
+
+comment on function klieo.pick_up_replies(inbox text) is 'The replies of an inbox, which are gone then.';
 
 comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
 
@@ -2642,18 +3417,42 @@ comment on function klieo.reap_jobs(max_jobs integer) is 'Buries jobs whose last
 
 comment on function klieo.rebase() is 'Makes the log of a restored database deliverable again: nothing acknowledged comes back, nothing undelivered is lost. Answers whether it was needed.';
 
+comment on function klieo.register_responders(process integer, filters text[], alive_ms double precision) is 'The responders of a process, anew. They count as live while it holds its lock, or, with alive_ms, for so long without another sign of life.';
+
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
 comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
+
+comment on function klieo.release_lease(bucket text, key text, token uuid) is 'Ends a lease of the token''s bearer.';
+
+comment on function klieo.reply_to_request(id uuid, process integer, ok boolean, payload bytea, channel text, notice text) is 'Replies to a request that still waits and is still the process''s; answers its inbox, or null. The inbox is put where the notice says <inbox>.';
+
+comment on function klieo.resign_maintainer(token uuid) is 'Somebody else may be elected at once.';
 
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 
 comment on function klieo.retry_dead(queue text, id bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
 
+comment on function klieo.revoke_public() is 'Takes from everybody what Postgres gives everybody. The last step of every migration that makes something.';
+
+comment on function klieo.revoke_role(role text) is 'Takes from a role all rights in this schema, also those that default privileges gave it. For the owner of the schema.';
+
+comment on function klieo.role_rights() is 'What each kind of role may do in this schema: execute a function, or select from a table or view. What only the owner may is there, too.';
+
+comment on function klieo.schema_name() is 'The name of this schema.';
+
+comment on function klieo.send_request(id uuid, subject text, headers jsonb, payload bytea, inbox text, timeout_ms double precision, channel text, notice text) is 'Sends a request if a live responder takes its subject, and tells the channel, unless that is null; answers whether it did.';
+
 comment on function klieo.settle_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Locks the deliveries whose tokens are still valid and answers their positions; no_wait passes over those that an open transaction holds.';
 
 comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 
+comment on function klieo.sign_of_life(process integer, alive_ms double precision) is 'The responders of a process live on for alive_ms; answers how many there are: a server crash empties the table.';
+
 comment on function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint, horizon_ms bigint) is 'claim_jobs, and perhaps a last row without an id: fence is 1 when dead letters were published on the way; max_attempts is, when there was nothing to claim, the time in ms to the next job within horizon_ms.';
 
+comment on function klieo.take_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision) is 'Grants a lease that nobody holds to the bearer of a token; no row: somebody does.';
+
 comment on function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) is 'Whether hi sees any message that lo does not.';
+
+comment on function klieo.withdraw_request(id uuid) is 'Takes a request back.';

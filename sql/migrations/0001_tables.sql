@@ -33,7 +33,9 @@ create table klieo.messages (
   -- The cursor's index, and the only one: a publish pays for a single index entry, at the right-hand end.
   primary key (tx, seq),
   constraint messages_payload_size check (octet_length(payload) <= 8388608),
-  constraint messages_headers_size check (pg_column_size(headers) <= 262144)
+  constraint messages_headers_size check (pg_column_size(headers) <= 262144),
+  constraint messages_headers_object check (jsonb_typeof(headers) = 'object'),
+  constraint messages_subject_length check (octet_length(subject) between 1 and 1024)
 ) with (autovacuum_vacuum_insert_scale_factor = 0.05, vacuum_truncate = false);
 alter sequence klieo.message_seq owned by klieo.messages.seq;
 comment on table klieo.messages is 'The log: every published message, append-only, until retention removes it.';
@@ -67,7 +69,8 @@ create table klieo.consumer_offsets (
   pos_tx xid8 not null default '0',
   pos_seq bigint not null default 0,
   created_at timestamptz not null default clock_timestamp(),
-  last_active_at timestamptz not null default clock_timestamp()
+  last_active_at timestamptz not null default clock_timestamp(),
+  constraint consumer_offsets_names_length check (octet_length(durable) between 1 and 128 and octet_length(filter) between 1 and 1024)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, vacuum_truncate = false);
 comment on table klieo.consumer_offsets is 'The durables, one row each: what has been handed out of the log.';
 comment on column klieo.consumer_offsets.id is 'Names the durable in deliveries; a durable made anew gets another one.';
@@ -120,7 +123,10 @@ create table klieo.kv_entries (
   expires_at timestamptz,
   value bytea,
   primary key (bucket, key),
-  constraint kv_entries_value_size check (octet_length(value) <= 8388608)
+  constraint kv_entries_value_size check (octet_length(value) <= 8388608),
+  constraint kv_entries_names_length check (octet_length(bucket) between 1 and 134 and octet_length(key) between 1 and 2048),
+  -- The number of a job, or reading a record would fail for ever.
+  constraint kv_entries_dedup_value check (left(bucket, 6) <> 'dedup.' or value is null or encode(value, 'escape') ~ '^[0-9]{1,18}$')
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, vacuum_truncate = false);
 create index kv_entries_expiry on klieo.kv_entries (expires_at) where expires_at is not null;
 alter sequence klieo.kv_revision owned by klieo.kv_entries.revision;
@@ -201,6 +207,8 @@ create table klieo.jobs (
   payload bytea not null,
   constraint jobs_payload_size check (octet_length(payload) <= 8388608),
   constraint jobs_headers_size check (pg_column_size(headers) <= 262144),
+  constraint jobs_headers_object check (jsonb_typeof(headers) = 'object'),
+  constraint jobs_queue_length check (octet_length(queue) between 1 and 128),
   constraint jobs_priority_range check (priority between -100 and 100),
   constraint jobs_max_attempts_positive check (max_attempts >= 1)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
@@ -273,7 +281,11 @@ create unlogged table klieo.requests (
   inbox text not null,
   deadline timestamptz not null,
   claimed_by int,
-  constraint requests_payload_size check (octet_length(payload) <= 8388608)
+  constraint requests_payload_size check (octet_length(payload) <= 8388608),
+  constraint requests_headers_size check (pg_column_size(headers) <= 262144),
+  constraint requests_headers_object check (jsonb_typeof(headers) = 'object'),
+  constraint requests_subject_length check (octet_length(subject) between 1 and 1024),
+  constraint requests_inbox_length check (octet_length(inbox) <= 128)
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
 -- Starts at the present time: what nobody has vacuumed away yet lies before it.
 create index requests_open on klieo.requests (deadline) where claimed_by is null;

@@ -2,7 +2,8 @@
 
 create function klieo.publish_many(subjects text[], payloads bytea, starts int[], lengths int[], headers text[], msg_ids text[])
 returns table (seq bigint, duplicate boolean)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
@@ -11,6 +12,10 @@ declare
   v_seqs bigint[];
   v_new bigint[];
 begin
+  -- Said here, without the row that a check of the table would print.
+  if 8388608 < any (publish_many.lengths) then
+    raise exception 'payload must be at most 8 MiB' using errcode = '54000';
+  end if;
   if publish_many.msg_ids is null then
     -- The default draws the numbers in the order of the input: the sort is below the insert.
     return query
@@ -67,7 +72,8 @@ comment on function klieo.publish_many(text[], bytea, int[], int[], text[], text
   'Stores messages in order and answers a row for each. Payload n is lengths[n] bytes of payloads from starts[n], counted from 1; headers are JSON texts; msg_ids may be null. Checks nothing but sizes: publish() does.';
 
 create function klieo.publish(subject text, payload bytea, headers jsonb default '{}', msg_id text default null) returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 declare
   v_seq bigint;
 begin
@@ -90,7 +96,8 @@ comment on function klieo.publish(text, bytea, jsonb, text) is
 -- ---------------------------------------------------------------- the cursor
 
 create function klieo.cursor_snapshot() returns pg_snapshot
-language plpgsql as $$
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
 declare
   v_own xid8 := pg_current_xact_id_if_assigned();
   v_now pg_snapshot := pg_current_snapshot();
@@ -109,6 +116,7 @@ comment on function klieo.cursor_snapshot() is 'The present snapshot, with this 
 
 create function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) returns boolean
 language plpgsql stable
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -137,14 +145,16 @@ $$;
 comment on function klieo.window_has_message(pg_snapshot, pg_snapshot) is 'Whether hi sees any message that lo does not.';
 
 create function klieo.creation_lock() returns bigint
-language sql immutable parallel safe as $$
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp as $$
   select ('x' || left(md5('klieo.creation'), 16))::bit(64)::bigint
 $$;
 comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
 
 create function klieo.create_durable(durable text, filter text, start_seq bigint, start_time timestamptz, start_new boolean)
 returns setof int
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   -- Shared: durables may be made side by side, but not beside a prune, which would not know of them.
@@ -161,6 +171,33 @@ $$;
 comment on function klieo.create_durable(text, text, bigint, timestamptz, boolean) is
   'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
 
+create function klieo.find_durable(durable text) returns table (id int, filter text)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query select o.id, o.filter from klieo.consumer_offsets o where o.durable = find_durable.durable;
+end
+$$;
+comment on function klieo.find_durable(text) is 'The id and the filter of a durable; no row: there is none.';
+
+create function klieo.delete_durable(durable text) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off as $$
+#variable_conflict use_column
+declare
+  v_id int;
+begin
+  delete from klieo.consumer_offsets o where o.durable = delete_durable.durable returning o.id into v_id;
+  delete from klieo.deliveries d where d.consumer_id = v_id;
+  return v_id is not null;
+end
+$$;
+comment on function klieo.delete_durable(text) is 'Deletes a durable, its position and what is unsettled; answers whether there was one.';
+
 -- Hands out messages of a durable: first what is due again, then what is new.
 --
 -- The transaction must not have written: its own xid would look finished in its own snapshot, and what it publishes after
@@ -172,7 +209,8 @@ create function klieo.fetch_messages(consumer int, max_messages int, ack_wait_ms
 returns table (
   tx xid8, seq bigint, subject text, headers jsonb, payload bytea, published_at timestamptz, attempt int, token uuid,
   more boolean, final_due boolean, due_in_ms double precision)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -401,7 +439,8 @@ comment on function klieo.fetch_messages(int, int, bigint, int, int, bigint) is
   'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 
 create function klieo.bury_deliveries(consumer int, max_messages int) returns int
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -441,7 +480,8 @@ comment on function klieo.bury_deliveries(int, int) is
   'Publishes on <durable>.dlq what was left unsettled at its last delivery, and forgets it; answers how many. Must not share a transaction with fetch_messages.';
 
 create function klieo.reap_deliveries(max_messages int) returns table (durable text, count int)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -473,6 +513,7 @@ comment on function klieo.reap_deliveries(int) is 'Buries what was left unsettle
 create function klieo.settle_deliveries(consumers int[], seqs bigint[], tokens uuid[], no_wait boolean)
 returns table (n int, consumer_id int, seq bigint)
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -516,7 +557,8 @@ comment on function klieo.settle_deliveries(int[], bigint[], uuid[], boolean) is
 -- A token belongs to one delivery of one message to one durable, so no durable and message that were not named together are met. By
 -- the primary key rows are locked in one order, and the token is looked at again after a wait.
 create function klieo.ack_deliveries(consumers int[], seqs bigint[], tokens uuid[], no_wait boolean default false) returns setof int
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -552,6 +594,7 @@ comment on function klieo.ack_deliveries(int[], bigint[], uuid[], boolean) is
 
 create function klieo.extend_waiting(consumers int[], seqs bigint[], tokens uuid[], waits_ms bigint[]) returns table (n int, extended boolean)
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -579,7 +622,8 @@ comment on function klieo.extend_waiting(int[], bigint[], uuid[], bigint[]) is
 -- Waits, or not, as heartbeat_job does.
 create function klieo.extend_deliveries(consumers int[], seqs bigint[], tokens uuid[], waits_ms bigint[], no_wait boolean default false)
 returns table (n int, extended boolean)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -637,8 +681,26 @@ $$;
 comment on function klieo.extend_deliveries(int[], bigint[], uuid[], bigint[], boolean) is
   'Restarts visibility timeouts, never shortening one; answers the positions of those whose token is still valid, and whether they were extended.';
 
+create function klieo.delivery_whereabouts(consumer int, seq bigint, token uuid) returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return (
+    select case when d.token is null then 'free' when d.token = delivery_whereabouts.token then 'mine' else 'other' end
+    from klieo.deliveries d
+    where d.consumer_id = delivery_whereabouts.consumer and d.seq = delivery_whereabouts.seq
+  );
+end
+$$;
+comment on function klieo.delivery_whereabouts(int, bigint, uuid) is
+  'Whose a delivery is: free, mine (of the token''s bearer) or other; null: it is settled.';
+
 create function klieo.release_deliveries(consumers int[], seqs bigint[], tokens uuid[]) returns setof int
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -663,7 +725,8 @@ comment on function klieo.release_deliveries(int[], bigint[], uuid[]) is
 
 create function klieo.nak_deliveries(consumers int[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean default false)
 returns setof int
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off

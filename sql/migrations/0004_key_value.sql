@@ -3,6 +3,7 @@
 
 create function klieo.dedup_lives(bucket text, value bytea) returns boolean
 language sql stable
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off as $$
   select left(bucket, 6) = 'dedup.' and exists (
@@ -13,7 +14,8 @@ comment on function klieo.dedup_lives(text, bytea) is 'Whether an idempotency re
 
 create function klieo.kv_get_many(buckets text[], keys text[], max_bytes bigint)
 returns table (n bigint, value bytea, revision bigint, updated_at timestamptz)
-language plpgsql stable
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set plan_cache_mode = force_generic_plan
 set jit = off as $$
@@ -41,7 +43,8 @@ comment on function klieo.kv_get_many(text[], text[], bigint) is
 
 create function klieo.kv_get(bucket text, key text)
 returns table (value bytea, revision bigint, updated_at timestamptz)
-language plpgsql stable as $$
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   return query
@@ -62,7 +65,8 @@ comment on function klieo.kv_get(text, text) is 'The entry of a key; no row whil
 create function klieo.kv_write(
   buckets text[], keys text[], payload bytea, starts int[], lengths int[], expected bigint[], ttls_ms bigint[], round_ends int[],
   out revisions bigint[], out actuals bigint[])
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set plan_cache_mode = force_generic_plan
 set jit = off as $$
@@ -172,7 +176,8 @@ comment on function klieo.kv_write(text[], text[], bytea, int[], int[], bigint[]
 create function klieo.kv_write_soon(
   buckets text[], keys text[], payload bytea, starts int[], lengths int[], expected bigint[], ttls_ms bigint[], round_ends int[],
   out revisions bigint[], out actuals bigint[])
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '20ms' as $$
 begin
   select w.revisions, w.actuals into revisions, actuals
@@ -184,7 +189,8 @@ comment on function klieo.kv_write_soon(text[], text[], bytea, int[], int[], big
   'The same, but fails with 55P03 and writes nothing where one of the keys is locked for more than an instant: nobody else waits along.';
 
 create function klieo.kv_put(bucket text, key text, value bytea, ttl_ms bigint default null) returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 begin
   perform klieo.check_key(kv_put.bucket, kv_put.key, true);
   perform klieo.check_payload('value', kv_put.value);
@@ -197,7 +203,8 @@ $$;
 comment on function klieo.kv_put(text, text, bytea, bigint) is 'Writes a key, absent again after ttl_ms; answers the new revision.';
 
 create function klieo.kv_cas(bucket text, key text, value bytea, expected bigint, ttl_ms bigint default null) returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 begin
   perform klieo.check_key(kv_cas.bucket, kv_cas.key, true);
   perform klieo.check_payload('value', kv_cas.value);
@@ -214,7 +221,8 @@ comment on function klieo.kv_cas(text, text, bytea, bigint, bigint) is
   'Writes a key only while it is at the expected revision (null: absent); answers the new revision, or null if it lost.';
 
 create function klieo.kv_delete(bucket text, key text, expected bigint default null) returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 begin
   perform klieo.check_key(kv_delete.bucket, kv_delete.key, false);
   return (
@@ -227,7 +235,8 @@ comment on function klieo.kv_delete(text, text, bigint) is
   'Deletes a key, if expected is given only while it is at that revision; answers the revision of the deletion, or null if there was nothing to delete.';
 
 create function klieo.kv_expire(max_entries int) returns table (bucket text, count int)
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   -- An idempotency record whose job lives is looked at again in an hour.
@@ -264,3 +273,220 @@ begin
 end
 $$;
 comment on function klieo.kv_expire(int) is 'Turns expired entries into tombstones, so that watches see them go; answers how many of which bucket.';
+
+-- ---------------------------------------------------------------- listing and watching
+
+create function klieo.kv_keys(bucket text, filter text, after_key text, max_keys int) returns setof text
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_keys.filter);
+begin
+  return query
+    select e.key
+    from klieo.kv_entries e
+    where e.bucket = kv_keys.bucket
+      and e.key > kv_keys.after_key
+      and e.value is not null
+      and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+      and (v_pattern is null or e.key ~ v_pattern)
+    order by e.key
+    limit kv_keys.max_keys;
+end
+$$;
+comment on function klieo.kv_keys(text, text, text, int) is 'The keys of a bucket that match the filter (null: all), in order, from after a key on.';
+
+-- What a later transaction wrote comes among the changes, and is left out here. Of what was found only so many bytes of values are
+-- answered, and one value at the least.
+create function klieo.kv_entries_at(bucket text, filter text, after_key text, max_keys int, at_snapshot pg_snapshot, max_bytes bigint)
+returns table (key text, value bytea, revision bigint, updated_at timestamptz, found bigint)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_entries_at.filter);
+begin
+  return query
+    select p.key, p.value, p.revision, p.updated_at, p.found
+    from (
+      select e.*, count(*) over () as found, sum(octet_length(e.value)) over (order by e.key rows unbounded preceding) as bytes
+      from (
+        select e.key, e.value, e.revision, e.updated_at
+        from klieo.kv_entries e
+        where e.bucket = kv_entries_at.bucket
+          and e.key > kv_entries_at.after_key
+          and e.value is not null
+          and (e.expires_at is null or e.expires_at > (select clock_timestamp()) or klieo.dedup_lives(e.bucket, e.value))
+          and (v_pattern is null or e.key ~ v_pattern)
+          -- An xid beyond the present one is from the cluster that a restored dump came from.
+          and (pg_visible_in_snapshot(e.tx, kv_entries_at.at_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))
+        order by e.key
+        limit kv_entries_at.max_keys
+      ) e
+    ) p
+    where p.bytes - octet_length(p.value) < kv_entries_at.max_bytes
+    order by p.key;
+end
+$$;
+comment on function klieo.kv_entries_at(text, text, text, int, pg_snapshot, bigint) is
+  'The entries of a bucket that a snapshot sees and that are there still, in the order of their keys, from after a key on, with about max_bytes of values; found says how many there are up to max_keys.';
+
+-- Two arms, so that each starts from the index (docs/adr/0001-log.md). A key's revisions grow in commit order, so that the order of
+-- revisions over a window, and windows one after the other, keep it. Bytes as above.
+create function klieo.kv_changes_between(
+  bucket text, filter text, lo pg_snapshot, hi pg_snapshot, after_revision bigint, max_changes int, max_bytes bigint)
+returns table (key text, value bytea, revision bigint, updated_at timestamptz, found bigint)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(kv_changes_between.filter);
+begin
+  return query
+    select p.key, p.value, p.revision, p.changed_at, p.found
+    from (
+      select c.*, count(*) over () as found, sum(coalesce(octet_length(c.value), 0)) over (order by c.revision rows unbounded preceding) as bytes
+      from (
+        select u.key, u.value, u.revision, u.changed_at
+        from (
+          (
+            select s.key, s.value, s.revision, s.changed_at
+            from klieo.kv_changes s
+            where s.tx = any (array(
+                select x.tx from pg_snapshot_xip(kv_changes_between.lo) as x(tx) where pg_visible_in_snapshot(x.tx, kv_changes_between.hi)))
+              and s.bucket = kv_changes_between.bucket
+              and s.revision > kv_changes_between.after_revision
+              and (v_pattern is null or s.key ~ v_pattern)
+          )
+          union all
+          (
+            select n.key, n.value, n.revision, n.changed_at
+            from klieo.kv_changes n
+            where n.tx >= pg_snapshot_xmax(kv_changes_between.lo)
+              and n.tx < pg_snapshot_xmax(kv_changes_between.hi)
+              and pg_visible_in_snapshot(n.tx, kv_changes_between.hi)
+              and n.bucket = kv_changes_between.bucket
+              and n.revision > kv_changes_between.after_revision
+              and (v_pattern is null or n.key ~ v_pattern)
+          )
+        ) u
+        order by u.revision
+        limit kv_changes_between.max_changes
+      ) c
+    ) p
+    where p.bytes - coalesce(octet_length(p.value), 0) < kv_changes_between.max_bytes
+    order by p.revision;
+end
+$$;
+comment on function klieo.kv_changes_between(text, text, pg_snapshot, pg_snapshot, bigint, int, bigint) is
+  'The changes of a bucket that hi sees and lo does not, in the order of their revisions, from after a revision on, with about max_bytes of values; found says how many there are up to max_changes.';
+
+-- ---------------------------------------------------------------- leases
+
+-- Where it is held, a look without a lock: those who wait write nothing. The fence and the expiry are set after the row is locked.
+create function klieo.grant_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision)
+returns table (fence bigint, expires_at timestamptz)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return query
+    insert into klieo.kv_leases as l (bucket, key, fence, token, holder, expires_at)
+    select grant_lease.bucket, grant_lease.key, nextval('klieo.lease_fence'), grant_lease.token, grant_lease.holder,
+      clock_timestamp() + make_interval(secs => grant_lease.ttl_ms / 1000)
+    where not exists (
+      select from klieo.kv_leases h where h.bucket = grant_lease.bucket and h.key = grant_lease.key and h.expires_at > clock_timestamp()
+    )
+    on conflict (bucket, key) do update
+      set fence = nextval('klieo.lease_fence'), token = excluded.token, holder = excluded.holder,
+        expires_at = clock_timestamp() + make_interval(secs => grant_lease.ttl_ms / 1000)
+      where l.expires_at <= clock_timestamp()
+    returning l.fence, l.expires_at;
+end
+$$;
+comment on function klieo.grant_lease(text, text, uuid, text, double precision) is 'Grants a lease that nobody holds, in any bucket; no row: somebody does.';
+
+create function klieo.take_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision)
+returns table (fence bigint, expires_at timestamptz)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform klieo.check_key(take_lease.bucket, take_lease.key, true);
+  return query
+    select g.fence, g.expires_at
+    from klieo.grant_lease(take_lease.bucket, take_lease.key, take_lease.token, take_lease.holder, take_lease.ttl_ms) g;
+end
+$$;
+comment on function klieo.take_lease(text, text, uuid, text, double precision) is
+  'Grants a lease that nobody holds to the bearer of a token; no row: somebody does.';
+
+create function klieo.lease_left(bucket text, key text) returns double precision
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return (
+    select extract(epoch from l.expires_at - clock_timestamp()) * 1000
+    from klieo.kv_leases l
+    where l.bucket = lease_left.bucket and l.key = lease_left.key and l.expires_at > clock_timestamp()
+  );
+end
+$$;
+comment on function klieo.lease_left(text, text) is 'How long the holder of a lease still has, in ms; null: nobody holds it.';
+
+-- Locked first, so that the expiry is looked at after a wait.
+create function klieo.extend_lease(bucket text, key text, token uuid, ttl_ms double precision) returns timestamptz
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+  v_until timestamptz;
+begin
+  perform from klieo.kv_leases l
+  where l.bucket = extend_lease.bucket and l.key = extend_lease.key and l.token = extend_lease.token
+  for no key update;
+  if found then
+    update klieo.kv_leases l
+    set expires_at = clock_timestamp() + make_interval(secs => extend_lease.ttl_ms / 1000)
+    where l.bucket = extend_lease.bucket and l.key = extend_lease.key and l.expires_at > clock_timestamp()
+    returning l.expires_at into v_until;
+  end if;
+  return v_until;
+end
+$$;
+comment on function klieo.extend_lease(text, text, uuid, double precision) is 'Extends a lease of the token''s bearer; answers its end, or null when it is lost.';
+
+-- The row stays, so that the fence grows for ever.
+create function klieo.release_lease(bucket text, key text, token uuid) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  update klieo.kv_leases l
+  set expires_at = '-infinity'
+  where l.bucket = release_lease.bucket and l.key = release_lease.key and l.token = release_lease.token;
+end
+$$;
+comment on function klieo.release_lease(text, text, uuid) is 'Ends a lease of the token''s bearer.';

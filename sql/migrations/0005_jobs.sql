@@ -8,7 +8,8 @@ create function klieo.enqueue_many(
   queues text[], payloads bytea, starts int[], lengths int[], headers text[], dedup_keys text[], max_attempts int[],
   delays_ms bigint[], run_ats timestamptz[], priorities int[])
 returns table (id bigint, added boolean)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan as $$
@@ -21,6 +22,10 @@ declare
   v_found bigint[];
   v_missing boolean;
 begin
+  -- Said here, without the row that a check of the table would print.
+  if 8388608 < any (enqueue_many.lengths) then
+    raise exception 'payload must be at most 8 MiB' using errcode = '54000';
+  end if;
   if enqueue_many.dedup_keys is null and cardinality(enqueue_many.starts) = 1 then
     insert into klieo.jobs as j (queue, run_at, visible_at, max_attempts, priority, headers, payload)
     values (enqueue_many.queues[1], coalesce(v_due, v_now), coalesce(v_due, v_now), coalesce(enqueue_many.max_attempts[1], 5),
@@ -96,11 +101,34 @@ $$;
 comment on function klieo.enqueue_many(text[], bytea, int[], int[], text[], text[], int[], bigint[], timestamptz[], int[]) is
   'Enqueues jobs in order and answers a row for each. Payloads as in publish_many; the other arrays may be null for their defaults. Checks nothing but what the tables check: enqueue() does.';
 
+-- A call that has nobody to share a statement with: the one insert, and nothing beside it.
+create function klieo.enqueue_one(
+  queue text, payload bytea, headers jsonb default '{}', max_attempts int default 5, priority int default 0,
+  delay_ms double precision default 0, run_at timestamptz default null)
+returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_due timestamptz := coalesce(enqueue_one.run_at, clock_timestamp() + enqueue_one.delay_ms * interval '1 millisecond');
+  v_id bigint;
+begin
+  insert into klieo.jobs (queue, run_at, visible_at, max_attempts, priority, headers, payload)
+  values (enqueue_one.queue, v_due, v_due, enqueue_one.max_attempts, enqueue_one.priority, enqueue_one.headers, enqueue_one.payload)
+  returning id into v_id;
+  return v_id;
+end
+$$;
+comment on function klieo.enqueue_one(text, bytea, jsonb, int, int, double precision, timestamptz) is
+  'Enqueues a job without a dedup key and answers its id. Checks nothing but what the tables check: enqueue() does.';
+
 create function klieo.enqueue(
   queue text, payload bytea, headers jsonb default '{}', dedup_key text default null, max_attempts int default 5,
   run_at timestamptz default now(), priority int default 0)
 returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 declare
   v_id bigint;
 begin
@@ -129,6 +157,7 @@ comment on function klieo.enqueue(text, bytea, jsonb, text, int, timestamptz, in
 
 create function klieo.bury_jobs(ids bigint[], reason text) returns int
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -176,7 +205,8 @@ comment on function klieo.bury_jobs(bigint[], text) is
 -- there (docs/adr/0008-heads.md). Below a head a job may still turn up: its transaction committed late, or its claim was rolled
 -- back. So the claims look from the very beginning again, as often as that takes a twentieth of the time.
 create function klieo.look_is_due(looked_at timestamptz, look_ms double precision) returns boolean
-language sql volatile as $$
+language sql volatile
+set search_path = pg_catalog, pg_temp as $$
   -- At most five seconds later, should a look have stood still; at once, should the clock have been set back.
   select look_is_due.looked_at is null
     or clock_timestamp() not between look_is_due.looked_at and look_is_due.looked_at + make_interval(secs => least(look_is_due.look_ms * 0.02, 5))
@@ -185,6 +215,7 @@ comment on function klieo.look_is_due(timestamptz, double precision) is 'Whether
 
 create function klieo.look_for_heads(queue text) returns void
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -231,7 +262,8 @@ $$;
 comment on function klieo.look_for_heads(text) is 'Looks through the whole queue and notes the priorities at whose head dead rows lie, and where their jobs begin.';
 
 create function klieo.head_before(first timestamptz, looked_at timestamptz) returns timestamptz
-language sql immutable parallel safe as $$
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp as $$
   -- What is being enqueued just now may become visible in another order. Nothing old does.
   select case
     when head_before.first < head_before.looked_at - interval '1 second' then head_before.first
@@ -242,6 +274,7 @@ comment on function klieo.head_before(timestamptz, timestamptz) is 'The head to 
 
 create function klieo.move_head(queue text, priority smallint, begun_from timestamptz, head timestamptz) returns void
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off as $$
 #variable_conflict use_column
 begin
@@ -268,7 +301,8 @@ comment on function klieo.move_head(text, smallint, timestamptz, timestamptz) is
 -- running jobs of a higher priority stand in the way. A job whose last lease ran out is buried when it is met.
 create function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint, horizon_ms bigint)
 returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -423,7 +457,8 @@ comment on function klieo.take_jobs(text, text, bigint, int, bigint, bigint) is
 
 create function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs int, max_bytes bigint default 16777216)
 returns table (id bigint, payload bytea, headers jsonb, attempt int, max_attempts int, fence int, token uuid, expires_at timestamptz)
-language sql as $$
+language sql security definer
+set search_path = pg_catalog, pg_temp as $$
   select t.* from klieo.take_jobs(claim_jobs.queue, claim_jobs.worker_id, claim_jobs.lease_ttl_ms, claim_jobs.max_jobs, claim_jobs.max_bytes, null) t
   where t.id is not null
 $$;
@@ -432,6 +467,7 @@ comment on function klieo.claim_jobs(text, text, bigint, int, bigint) is
 
 create function klieo.next_job_at(queue text, horizon_ms bigint) returns timestamptz
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -496,6 +532,7 @@ comment on function klieo.next_job_at(text, bigint) is
 
 create function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boolean) returns bigint[]
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -520,8 +557,25 @@ $$;
 comment on function klieo.settle_jobs(bigint[], uuid[], boolean) is
   'Locks the jobs whose tokens are still valid and answers their ids; no_wait passes over those that an open transaction holds.';
 
+create function klieo.job_whereabouts(id bigint, token uuid) returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+  return (
+    select case when j.token is null then 'free' when j.token = job_whereabouts.token then 'mine' else 'other' end
+    from klieo.jobs j
+    where j.id = job_whereabouts.id
+  );
+end
+$$;
+comment on function klieo.job_whereabouts(bigint, uuid) is 'Whose a job is: free, mine (of the token''s bearer) or other; null: it is gone.';
+
 create function klieo.ack_job(id bigint, token uuid) returns boolean
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set plan_cache_mode = force_generic_plan as $$
@@ -536,7 +590,8 @@ comment on function klieo.ack_job(bigint, uuid) is 'Ends a job that is done; ans
 -- A token belongs to one claim of one job, so no pair of an id and another's token is met. By the primary key rows are locked in
 -- the order of their ids, and the token is looked at again after a wait.
 create function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean default false) returns setof bigint
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -557,7 +612,8 @@ $$;
 comment on function klieo.ack_jobs(bigint[], uuid[], boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
 
 create function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean default false) returns setof bigint
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -587,7 +643,8 @@ comment on function klieo.nak_jobs(bigint[], uuid[], bigint[], text[], boolean) 
   'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
 
 create function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[] default null) returns setof bigint
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -618,7 +675,8 @@ comment on function klieo.release_jobs(bigint[], uuid[], boolean[]) is
   'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 create function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean default false) returns setof bigint
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -642,7 +700,8 @@ comment on function klieo.dead_letter_jobs(bigint[], uuid[], text[], boolean) is
 -- also be a claim that is about to commit, so that is waited for, unless the holder (no_wait) knows of an ack of his own.
 create function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean default false)
 returns table (until timestamptz, extended boolean)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
@@ -676,7 +735,8 @@ $$;
 comment on function klieo.heartbeat_job(bigint, uuid, bigint, boolean) is 'Extends a lease, never shortening it; answers its end and whether it could be extended, or no row when it is lost.';
 
 create function klieo.retry_dead(queue text, id bigint default null) returns bigint
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   v_count bigint;
@@ -691,7 +751,8 @@ $$;
 comment on function klieo.retry_dead(text, bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
 
 create function klieo.reap_jobs(max_jobs int) returns table (queue text, count int)
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off

@@ -1,7 +1,8 @@
 -- klieo-bus, functions: retention, the presence of responders, and the repair of a restored log.
 
 create function klieo.prune_messages(retention_ms bigint, max_messages int) returns int
-language plpgsql
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -66,7 +67,8 @@ $$;
 comment on function klieo.prune_messages(bigint, int) is 'Removes messages older than retention_ms that every durable is past and none has in flight, about max_messages of them; answers how many.';
 
 create function klieo.prune_kv(max_rows int) returns int
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   v_at timestamptz;
@@ -114,7 +116,8 @@ $$;
 comment on function klieo.prune_kv(int) is 'Removes changes older than ten minutes and tombstones older than a week; answers how many, of the larger kind.';
 
 create function klieo.prune_rest(dead_jobs_ms bigint, max_rows int) returns int
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   v_count int;
@@ -159,16 +162,42 @@ end
 $$;
 comment on function klieo.prune_rest(bigint, int) is 'Removes old dead jobs, message ids, heads, requests and replies; answers how many, of the largest kind.';
 
+create function klieo.elect_maintainer(token uuid, holder text, ttl_ms double precision) returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return klieo.extend_lease('$klieo', 'maintenance', elect_maintainer.token, elect_maintainer.ttl_ms) is not null
+    or exists (
+      select from klieo.grant_lease('$klieo', 'maintenance', elect_maintainer.token, elect_maintainer.holder, elect_maintainer.ttl_ms)
+    );
+end
+$$;
+comment on function klieo.elect_maintainer(uuid, text, double precision) is
+  'Whether the bearer of the token is the one process that reaps and prunes, for the next ttl_ms.';
+
+create function klieo.resign_maintainer(token uuid) returns void
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform klieo.release_lease('$klieo', 'maintenance', resign_maintainer.token);
+end
+$$;
+comment on function klieo.resign_maintainer(uuid) is 'Somebody else may be elected at once.';
+
 -- ---------------------------------------------------------------- presence, repair
 
 create function klieo.presence_class() returns int
-language sql immutable parallel safe as $$
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp as $$
   select ('x' || left(md5('klieo.presence'), 8))::bit(32)::int
 $$;
 comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
 
 create function klieo.live_responders(subject text) returns boolean
 language plpgsql
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set jit = off as $$
 declare
@@ -211,7 +240,8 @@ comment on function klieo.live_responders(text) is 'Whether any live process ans
 
 -- Stable: the snapshot and the rows are of one moment. In two statements a commit in between would look like the future.
 create function klieo.restored() returns boolean
-language sql stable
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off as $$
   select exists (
       select from klieo.consumer_offsets o
@@ -224,7 +254,8 @@ $$;
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 
 create function klieo.rebase() returns boolean
-language plpgsql as $$
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
 declare
   v_lo pg_snapshot;
 begin

@@ -52,7 +52,8 @@ comment on column klieo.consumer_stats.last_active_at is 'When a member last fet
 
 -- Not parallel safe: the exception block is a subtransaction.
 create function klieo.as_text(payload bytea) returns text
-language plpgsql immutable as $$
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp as $$
 begin
   return convert_from(payload, 'UTF8');
 exception

@@ -11,7 +11,7 @@ import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
 import { BusError, closedError, invalid, isBusError, kindOf } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
-import { isNotifyQueueFull, isTransient, sqlState, toBusError } from './errors.ts'
+import { isNotifyQueueFull, isTransient, LACKS_A_RIGHT, REPAIR, sqlState, toBusError, toPermissionError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
 import { type Sockets, takeClient } from './sockets.ts'
 
@@ -43,6 +43,8 @@ const QUEUE_ASKED_EVERY_MS = 500
 /** For a connection, and for each lock of a repair. */
 const CHECK_MS = 5_000
 
+type ServerRow = Readonly<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string; role: string }>
+
 /** Parsers of our own, so that neither the session's DateStyle nor an app's changes to pg's parsers reach us. */
 const parsers: Readonly<Record<number, (text: string) => unknown>> = {
   16: (text) => text === 't',
@@ -71,6 +73,8 @@ export class Database {
     this.#suspect = true
   }
   #prepare: boolean
+  /** Whose connections the pool's are. */
+  #role: string | undefined
   #generation = 0
   #explicit = false
   /** The connection was lost: what answers next may be another cluster. */
@@ -99,14 +103,15 @@ export class Database {
    * @throws unsupported for a standby or an old server, connection, permission_denied
    */
   async open(): Promise<void> {
-    const [server] = await this.query<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string }>(
+    const [server] = await this.query<ServerRow>(
       `select current_setting('server_version_num')::int as version, pg_is_in_recovery() as standby,
          current_setting('default_transaction_isolation') as isolation, current_setting('synchronous_commit') as durable,
-         current_setting('default_transaction_read_only') as readonly`,
+         current_setting('default_transaction_read_only') as readonly, current_user::text as role`,
       [],
       'connect',
     )
     if (!server) throw new BusError('internal', 'connect: the server answered nothing')
+    this.#role = server.role
     if (server.standby) throw new BusError('unsupported', 'connect: this server is a standby, which cannot write; connect to the primary')
     if (server.version < 140_000) {
       throw new BusError('unsupported', `connect: PostgreSQL 14 or newer is needed, this is ${Math.floor(server.version / 10_000)}`)
@@ -123,7 +128,7 @@ export class Database {
         return await this.#send<R>(text, values, doing)
       } catch (error) {
         if (!(await this.#remedy(error, tries))) {
-          const busError = toBusError(error, doing)
+          const busError = this.#toBusError(error, doing, this.#role)
           if (busError.code === 'connection') this.#suspect = true
           throw busError
         }
@@ -139,8 +144,12 @@ export class Database {
       if (this.#mayHaveMissedAnExchange()) await this.#lookFor(tx)
       return await this.#sendIn<R>(tx, sql, values)
     } catch (error) {
-      throw toBusError(error, doing)
+      throw this.#toBusError(error, doing, undefined)
     }
+  }
+
+  #toBusError(error: unknown, doing: string, role: string | undefined): BusError {
+    return sqlState(error) === LACKS_A_RIGHT ? toPermissionError(error, { doing, schema: this.schema, role }) : toBusError(error, doing)
   }
 
   async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
@@ -396,7 +405,11 @@ export class Database {
 
   /** Makes the log of a restored database deliverable again; does nothing when it is not needed. */
   async repair(): Promise<void> {
-    await this.#send('select klieo.rebase()', [], 'repair the restored log', 0)
+    try {
+      await this.#send('select klieo.rebase()', [], REPAIR, 0)
+    } catch (error) {
+      throw this.#toBusError(error, REPAIR, this.#role)
+    }
   }
 }
 

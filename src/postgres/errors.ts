@@ -1,6 +1,7 @@
 /** The one place where what Postgres and its driver throw becomes a BusError. */
 
 import { BusError, type BusErrorCode } from '../core/index.ts'
+import { grantStatement, type RoleKind } from './schema-name.ts'
 
 interface DriverError {
   readonly code?: unknown
@@ -13,6 +14,11 @@ interface Verdict {
   readonly hint: string
   readonly retryable?: boolean
 }
+
+export const LACKS_A_RIGHT = '42501'
+
+/** What the repair of a restored database is called in messages. */
+export const REPAIR = 'repair the restored log'
 
 const BY_STATE: Readonly<Record<string, Verdict>> = {
   '40001': { code: 'conflict', hint: 'the transaction met a concurrent one; repeat it', retryable: true },
@@ -49,7 +55,7 @@ const BY_STATE: Readonly<Record<string, Verdict>> = {
     ]),
   ),
   '3F000': { code: 'schema_outdated', hint: 'the schema of the bus is missing; run `klieo-bus migrate` or connect with migrate: true' },
-  '42501': { code: 'permission_denied', hint: 'the role may not do this; grant it the rights' },
+  [LACKS_A_RIGHT]: { code: 'permission_denied', hint: 'the role may not do this; see docs/security.md for the rights' },
   '3D000': { code: 'not_found', hint: 'the database does not exist; create it' },
   KB001: { code: 'not_found', hint: 'the durable does not exist; it was deleted, or never subscribed to' },
   KB002: { code: 'invalid_argument', hint: 'tx must not be a transaction that has written' },
@@ -89,6 +95,32 @@ export function isNotifyQueueFull(error: unknown): boolean {
   return error instanceof Error && NOTIFY_QUEUE_TEXT.test(error.message)
 }
 
+/** The least of the roles that may; what is not here a worker may. */
+const KIND_FOR: Readonly<Record<string, RoleKind>> = {
+  publish: 'producer',
+  enqueue: 'producer',
+  request: 'producer',
+  get: 'reader',
+  keys: 'reader',
+  deleteDurable: 'admin',
+  [REPAIR]: 'admin',
+}
+
+/**
+ * Says which right is missing, and how it is granted.
+ * @param what role: who lacks it; undefined: whoever the caller's transaction is of
+ */
+export function toPermissionError(error: unknown, what: { doing: string; schema: string; role: string | undefined }): BusError {
+  const { doing, schema, role } = what
+  const who = role === undefined ? 'the role' : `the role "${role}"`
+  const grant = grantStatement(schema, KIND_FOR[doing] ?? 'worker', role ?? '<role>')
+  return new BusError(
+    'permission_denied',
+    `${doing}: ${who} lacks a right in schema "${schema}" (${(error as Error).message}); its owner grants what this needs with: ${grant}`,
+    { cause: withoutValues(error) },
+  )
+}
+
 /** @param doing what was being done, for the message */
 export function toBusError(error: unknown, doing: string): BusError {
   if (error instanceof BusError) return error
@@ -97,7 +129,19 @@ export function toBusError(error: unknown, doing: string): BusError {
   const verdict = judge(typeof state === 'string' ? state : '', text, constraint, error)
   // Node's error about an address carries the whole of it, with its password.
   if (state === 'ERR_INVALID_URL') return new BusError('invalid_argument', `${doing}: the connection string is not a valid address`)
-  return new BusError(verdict.code, `${doing}: ${verdict.hint} (${text})`, { cause: error, ...retryable(verdict) })
+  return new BusError(verdict.code, `${doing}: ${verdict.hint} (${text})`, { cause: withoutValues(error), ...retryable(verdict) })
+}
+
+/**
+ * What the server says of a row it refuses repeats the row ("Failing row contains …", "Key (…)=(…) already exists"), and its context may
+ * repeat the parameters of a statement: payloads, headers, keys. A cause is logged by whoever logs an error, so they go no further.
+ */
+function withoutValues(error: unknown): unknown {
+  if (sqlState(error) === undefined || typeof error !== 'object' || error === null) return error
+  for (const field of ['detail', 'where', 'internalQuery']) {
+    if ((error as Record<string, unknown>)[field] !== undefined) Reflect.set(error, field, undefined)
+  }
+  return error
 }
 
 function retryable(verdict: Verdict): { retryable?: boolean } {

@@ -12,30 +12,22 @@ export const ENQUEUE_MANY = `
   from klieo.enqueue_many($1::text::text[], $2::bytea, $3::text::int[], $4::text::int[], $5::text::text[], $6::text::text[],
     $7::text::int[], $8::text::bigint[], $9::text::timestamptz[], $10::text::int[]) e`
 
-/** A job with nothing but a payload. $1 queue, $2 payload */
-export const ENQUEUE_PLAIN = `
-  insert into klieo.jobs (queue, run_at, visible_at, payload) values ($1, clock_timestamp(), clock_timestamp(), $2) returning id::text as id`
+/** A job with nothing but a payload, for a call that has nobody to share a statement with. $1 queue, $2 payload */
+export const ENQUEUE_PLAIN = `select klieo.enqueue_one($1, $2)::text as id`
 
-/** One job without a dedup key, for a call that has nobody to share a statement with. $1 queue, $2 payload, $3 headers, $4 max attempts, $5 priority, $6 delay in ms, $7 due time or null */
-export const ENQUEUE_ONE = `
-  insert into klieo.jobs (queue, run_at, visible_at, max_attempts, priority, headers, payload)
-  select $1, due.at, due.at, $4, $5, $3::jsonb, $2
-  from (select coalesce($7::timestamptz, clock_timestamp() + $6::double precision * interval '1 millisecond')) as due(at)
-  returning id::text as id`
+/** One job without a dedup key, likewise. $1 queue, $2 payload, $3 headers, $4 max attempts, $5 priority, $6 delay in ms, $7 due time or null */
+export const ENQUEUE_ONE = `select klieo.enqueue_one($1, $2, $3, $4, $5, $6, $7)::text as id`
 
 /**
  * $1 queue, $2 worker, $3 lease in ms, $4 jobs, $5 bytes, $6 how far ahead to look for the next job, in ms.
  * A last row without an id: `fence` 1 when dead letters were published on the way, `max_attempts` the ms to the next job.
  */
 export const CLAIM = `
-  select id::text as id, encode(payload, 'base64') as payload, headers, attempt, max_attempts, fence, token::text as token, date_part('epoch', expires_at) * 1000 as expires_at_ms
+  select id::text as id, encode(payload, 'base64') as payload, headers, attempt, max_attempts, fence, token::text as token, date_part('epoch', expires_at) * 1000::double precision as expires_at_ms
   from klieo.take_jobs($1, $2, $3, $4, $5, $6)`
 
 /** $1 id, $2 token */
-export const JOB_WHEREABOUTS = `
-  select case when j.token is null then 'free' when j.token = $2::text::uuid then 'mine' else 'other' end as whereabouts
-  from klieo.jobs j
-  where j.id = $1::text::bigint`
+export const JOB_WHEREABOUTS = `select klieo.job_whereabouts($1::text::bigint, $2::text::uuid) as whereabouts`
 
 /** $1 ids, $2 tokens, $3 whether to pass over locked rows */
 export const ACK_JOBS = `
@@ -59,5 +51,5 @@ export const RELEASE_JOBS = `
 
 /** $1 id, $2 token, $3 lease in ms, $4 whether to pass over a locked row */
 export const HEARTBEAT_JOB = `
-  select extract(epoch from h.until) * 1000 as expires_at_ms, h.extended
+  select extract(epoch from h.until) * 1000::numeric as expires_at_ms, h.extended
   from klieo.heartbeat_job($1::text::bigint, $2::text::uuid, $3, $4) h`

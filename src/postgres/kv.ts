@@ -196,9 +196,9 @@ export class PostgresKv implements KvStore<PostgresTx> {
         return grant.finally(() => this.#grants.delete(grant))
       },
       pauseMs: async () => {
-        const [row] = await db.query<{ left_ms: string }>(LEASE_LEFT, [bucket, key], 'lease')
+        const [row] = await db.query<{ left_ms: number | null }>(LEASE_LEFT, [bucket, key], 'lease')
         // A little later than it ends: the server's clock is the one that counts.
-        return Math.min(jittered(pollIntervalMs), row ? Number(row.left_ms) + 1 : 0)
+        return Math.min(jittered(pollIntervalMs), row?.left_ms == null ? 0 : row.left_ms + 1)
       },
     })
     if (lease) return lease
@@ -319,8 +319,8 @@ export class PostgresKv implements KvStore<PostgresTx> {
       {
         heartbeat: async () => {
           this.#context.checkOpen()
-          const [beat] = await db.query<{ expires_at_ms: string }>(LEASE_HEARTBEAT, [bucket, key, token, ttlMs], 'heartbeat')
-          if (beat) return { expiresAt: new Date(Number(beat.expires_at_ms)), extended: true }
+          const [beat] = await db.query<{ expires_at_ms: string | null }>(LEASE_HEARTBEAT, [bucket, key, token, ttlMs], 'heartbeat')
+          if (beat?.expires_at_ms != null) return { expiresAt: new Date(Number(beat.expires_at_ms)), extended: true }
           this.#leases.delete(lease)
           return null
         },

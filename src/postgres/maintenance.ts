@@ -3,15 +3,18 @@
  * space and tidiness: expired leases are taken back by whoever claims next, with or without it.
  *
  *   candidate ── lease granted ──▶ elected ── lease lost, or an error ──▶ candidate
+ *       └── its role lacks the rights (docs/security.md) ──▶ out
  */
 
+import { isBusError } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import type { Topic } from '../runtime/bell.ts'
 import type { Context } from './context.ts'
-import { LEASE, LEASE_HEARTBEAT, LEASE_RELEASE } from './kv.sql.ts'
 
-const BUCKET = '$klieo'
-const KEY = 'maintenance'
+/** $1 token, $2 holder, $3 lease in ms */
+const ELECT = 'select klieo.elect_maintainer($1::text::uuid, $2, $3) as elected'
+const RESIGN = 'select klieo.resign_maintainer($1::text::uuid)'
+
 const LEASE_MS = 15_000
 const REAP_EVERY_MS = 1_000
 const PRUNE_EVERY_MS = 10_000
@@ -52,7 +55,12 @@ export class Maintenance {
     this.#end.resolve()
     await this.#running
     // Somebody else may start at once.
-    if (this.#granted) await this.#context.db.query(LEASE_RELEASE, [BUCKET, KEY, this.#token], 'maintenance').catch(() => {})
+    await this.#resign()
+  }
+
+  async #resign(): Promise<void> {
+    if (this.#granted) await this.#context.db.query(RESIGN, [this.#token], 'maintenance').catch(() => {})
+    this.#granted = false
   }
 
   async #run(): Promise<void> {
@@ -70,7 +78,9 @@ export class Maintenance {
           }
         }
         failures = 0
-      } catch {
+      } catch (error) {
+        // A role that may not do this leaves it to those that may, without a word: that is what its rights say.
+        if (isBusError(error, 'permission_denied')) return await this.#resign()
         this.#elected = false
         failures++
       }
@@ -82,11 +92,8 @@ export class Maintenance {
 
   async #holdLease(): Promise<boolean> {
     const { db, instance } = this.#context
-    if (this.#granted) {
-      const held = await db.query(LEASE_HEARTBEAT, [BUCKET, KEY, this.#token, LEASE_MS], 'maintenance')
-      if (held.length > 0) return true
-    }
-    this.#granted = (await db.query(LEASE, [BUCKET, KEY, this.#token, instance, LEASE_MS], 'maintenance')).length > 0
+    const [row] = await db.query<{ elected: boolean }>(ELECT, [this.#token, instance, LEASE_MS], 'maintenance')
+    this.#granted = row?.elected === true
     return this.#granted
   }
 

@@ -22,7 +22,7 @@ import { type Migration, type MigrationProvider, Migrator } from 'kysely/migrati
 import type pg from 'pg'
 import { BusError } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
-import { isTransient, sqlState, toBusError } from './errors.ts'
+import { isTransient, LACKS_A_RIGHT, sqlState, toBusError, toPermissionError } from './errors.ts'
 import { checkSchema, DEFAULT_SCHEMA, inSchema } from './schema-name.ts'
 import { takeClient } from './sockets.ts'
 
@@ -64,7 +64,13 @@ export class SqlMigrationProvider implements MigrationProvider {
   async getMigrations(): Promise<Record<string, Migration>> {
     const migrations = migrationNames().map((name): [string, Migration] => [
       name,
-      { up: async (db) => void (await sql.raw(migrationText(name, this.#schema)).execute(db)) },
+      {
+        up: async (db) => {
+          // What the text does not qualify is Postgres's own, whatever schemas the session looks into first.
+          await sql`set local search_path = pg_catalog, pg_temp`.execute(db)
+          await sql.raw(migrationText(name, this.#schema)).execute(db)
+        },
+      },
     ])
     return Object.fromEntries(migrations)
   }
@@ -159,7 +165,9 @@ export async function readSchemaState(pool: pg.Pool, schema: string): Promise<Sc
   } catch (error) {
     const state = sqlState(error)
     if (state === '42P01' || state === '3F000') return { applied: [], missing: names, unknown: [], compatibleWith: 0 }
-    throw toBusError(error, 'read the schema version')
+    if (state !== LACKS_A_RIGHT) throw toBusError(error, 'read the schema version')
+    const { rows } = await pool.query<{ role: string }>('select current_user::text as role').catch(() => ({ rows: [] }))
+    throw toPermissionError(error, { doing: 'connect', schema, role: rows[0]?.role })
   }
 }
 
@@ -198,6 +206,7 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
       const state = sqlState(error) ?? ''
       const passing = isTransient(error) || PASSING.has(state)
       if (tries === MAX_TRIES && TAKEN.has(state)) throw taken(error, schema)
+      if (state === LACKS_A_RIGHT) throw toOwnerError(error, schema)
       if (!passing || tries === MAX_TRIES) throw toBusError(error, `migrate schema "${schema}"`)
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
     }
@@ -209,6 +218,16 @@ function taken(error: unknown, schema: string): BusError {
   return new BusError(
     'schema_outdated',
     `schema "${schema}" holds something that its list of migrations does not account for (${text}); use another schema if it is not the bus's, else restore it from a dump`,
+    { cause: error },
+  )
+}
+
+/** What no kind of role may: the tables and functions are their owner's. */
+function toOwnerError(error: unknown, schema: string): BusError {
+  const { message } = toBusError(error, `migrate schema "${schema}"`)
+  return new BusError(
+    'permission_denied',
+    `${message}; migrate as the owner of the schema, or as a role that may create one in this database, and connect with migrate: false`,
     { cause: error },
   )
 }

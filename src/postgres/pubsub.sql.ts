@@ -8,22 +8,15 @@ export const PUBLISH = `
 /** $1 name, $2 filter, $3 start seq, $4 start time in ms or null, $5 whether to start with what comes. Answers nothing if it exists. */
 export const CREATE_DURABLE = `
   select id
-  from klieo.create_durable($1, $2, $3, to_timestamp($4::double precision / 1000), $5) as id`
+  from klieo.create_durable($1, $2, $3, to_timestamp($4::double precision / 1000::double precision), $5) as id`
 
-export const FIND_DURABLE = `
-  select id, filter from klieo.consumer_offsets where durable = $1`
+export const FIND_DURABLE = `select id, filter from klieo.find_durable($1)`
 
-export const DELETE_DURABLE = `
-  with gone as (
-    delete from klieo.consumer_offsets where durable = $1 returning id
-  ), unsettled as (
-    delete from klieo.deliveries d using gone where d.consumer_id = gone.id
-  )
-  select id from gone`
+export const DELETE_DURABLE = `select klieo.delete_durable($1) as done`
 
 /** $1 consumer, $2 messages, $3 ack wait in ms, $4 max ack pending, $5 max deliver or null, $6 bytes */
 export const FETCH = `
-  select seq, subject, headers, encode(payload, 'base64') as payload, date_part('epoch', published_at) * 1000 as published_at_ms, attempt,
+  select seq, subject, headers, encode(payload, 'base64') as payload, date_part('epoch', published_at) * 1000::double precision as published_at_ms, attempt,
     token::text as token, more, final_due, due_in_ms
   from klieo.fetch_messages($1, $2, $3, $4, $5, $6)`
 
@@ -45,10 +38,7 @@ export const EXTEND = `
   from klieo.extend_deliveries($1::text::int[], $2::text::bigint[], $3::text::uuid[], $4::text::bigint[], $5::text::boolean)`
 
 /** $1 consumer, $2 seq, $3 token */
-export const DELIVERY_WHEREABOUTS = `
-  select case when d.token is null then 'free' when d.token = $3::text::uuid then 'mine' else 'other' end as whereabouts
-  from klieo.deliveries d
-  where d.consumer_id = $1 and d.seq = $2`
+export const DELIVERY_WHEREABOUTS = `select klieo.delivery_whereabouts($1, $2, $3::text::uuid) as whereabouts`
 
 /** $1 consumers, $2 seqs, $3 tokens */
 export const RELEASE = `

@@ -154,8 +154,8 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   async deleteDurable(durable: string): Promise<void> {
     this.#context.checkOpen()
     checkDurable(durable)
-    const gone = await this.#context.db.query(DELETE_DURABLE, [durable], 'deleteDurable')
-    if (gone.length === 0) throw new BusError('not_found', `durable "${durable}" does not exist`)
+    const [gone] = await this.#context.db.query<{ done: boolean }>(DELETE_DURABLE, [durable], 'deleteDurable')
+    if (!gone?.done) throw new BusError('not_found', `durable "${durable}" does not exist`)
     this.#context.ringer.ring([{ kind: 'durable', name: durable }])
   }
 

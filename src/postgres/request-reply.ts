@@ -55,7 +55,7 @@ interface RequestRow extends Row {
   readonly subject: string
   readonly headers: Headers
   readonly payload: Uint8Array
-  readonly left_ms: string
+  readonly left_ms: number
 }
 
 export class PostgresRequestReply implements RequestReply {
@@ -165,7 +165,7 @@ export class PostgresRequestReply implements RequestReply {
     const notice = ringer.notice([topic])
     // What is left when there is a connection for it.
     const send = (channel: string | null) =>
-      db.query<{ sent: number }>(
+      db.query<{ sent: boolean }>(
         SEND,
         () => [id, subject, JSON.stringify(headers), asBuffer(payload), instance, Math.max(0, deadline - clock.now()), channel, notice],
         'request',
@@ -174,7 +174,7 @@ export class PostgresRequestReply implements RequestReply {
       if (isNotifyQueueFull(error)) return send(null)
       throw error
     })
-    if (row?.sent !== 1) return false
+    if (row?.sent !== true) return false
     bell.ring([topic])
     return true
   }
@@ -307,7 +307,7 @@ class PostgresResponder implements Responder {
         const requests = await db.query<RequestRow>(CLAIM_REQUESTS, values, 'respond')
         failures = 0
         // An answer that came late is about requests that nobody waits for any more.
-        for (const request of requests) if (clock.now() - askedAt < Number(request.left_ms)) this.#start(request)
+        for (const request of requests) if (clock.now() - askedAt < request.left_ms) this.#start(request)
         if (requests.length < free) await this.#ear.wait(jittered(pollIntervalMs))
       } catch (error) {
         if (isBusError(error, 'closed')) return
@@ -320,7 +320,7 @@ class PostgresResponder implements Responder {
     const controller = new AbortController()
     const cancelTimer = this.#context.clock.setTimer(
       () => controller.abort(new BusError('timeout', 'the requester has stopped waiting')),
-      Number(row.left_ms),
+      row.left_ms,
       true,
     )
     const handled = this.#handle(row, controller.signal).finally(() => {
@@ -348,8 +348,8 @@ class PostgresResponder implements Responder {
     let channel: string | null = ringer.channel
     for (let tries = 1; tries <= REPLY_TRIES; tries++) {
       try {
-        const [row] = await db.query<{ inbox: string }>(REPLY, [id, this.#instance, ok, asBuffer(reply), channel, notice], 'reply')
-        if (row) bell.ring([{ kind: 'inbox', name: row.inbox }])
+        const [row] = await db.query<{ inbox: string | null }>(REPLY, [id, this.#instance, ok, asBuffer(reply), channel, notice], 'reply')
+        if (row?.inbox != null) bell.ring([{ kind: 'inbox', name: row.inbox }])
         return
       } catch (error) {
         if (isNotifyQueueFull(error)) channel = null

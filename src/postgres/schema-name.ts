@@ -15,6 +15,20 @@ export function quoteIdentifier(name: string): string {
   return `"${name.replaceAll('"', '""')}"`
 }
 
+/** For the statements that messages recommend; values of our own statements are parameters. */
+function quoteLiteral(text: string): string {
+  return `'${text.replaceAll("'", "''")}'`
+}
+
+/** What the owner of the schema runs so that the role may do what a kind of role may (docs/security.md). */
+export function grantStatement(schema: string, kind: RoleKind, role: string): string {
+  const quoted = /^[a-z_][a-z0-9_]*$/.test(schema) ? schema : quoteIdentifier(schema)
+  return `select ${quoted}.grant_role(${quoteLiteral(kind)}, ${quoteLiteral(role)})`
+}
+
+/** The kinds of roles that the schema knows: klieo.role_rights(). */
+export type RoleKind = 'producer' | 'worker' | 'reader' | 'admin'
+
 /** A statement or migration that is written for the schema `klieo`, for another one. */
 export function inSchema(sql: string, schema: string): string {
   if (schema === DEFAULT_SCHEMA) return sql

@@ -374,7 +374,7 @@ describe('a server that crashes', () => {
           async () => {
             const { rows: found } = await caller.query(
               `select max(query_start)::text as at from pg_stat_activity
-               where query like '%kv_changes n%' and pid <> pg_backend_pid() having max(query_start) > $1::timestamptz`,
+               where query like '%kv_changes_between%' and pid <> pg_backend_pid() having max(query_start) > $1::timestamptz`,
               [last],
             )
             return (found[0] as { at: string } | undefined)?.at ?? ''
