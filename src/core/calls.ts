@@ -8,11 +8,12 @@ import {
   checkInteger,
   checkPayload,
   checkTotal,
-  EMPTY_HEADERS,
+  fieldsOf,
   invalid,
   MAX_BATCH,
   MAX_CLAIM_LIMIT,
   MAX_DURATION_MS,
+  reading,
 } from './checks.ts'
 import { BusError } from './errors.ts'
 import { checkFilter, checkSubject } from './subjects.ts'
@@ -34,12 +35,13 @@ export interface CheckedMessage {
 
 export function checkMessage(message: Message, maxPayloadBytes: number): CheckedMessage {
   if (typeof message !== 'object' || message === null) throw invalid('message', message, 'must be an object')
-  checkSubject(message.subject)
-  const payload = checkPayload(message.payload, maxPayloadBytes)
-  const headers = checkHeaders(message.headers)
-  checkTotal(payload, headers, maxPayloadBytes)
-  if (message.msgId !== undefined) checkId('msgId', message.msgId)
-  return { subject: message.subject, payload, headers, msgId: message.msgId }
+  const { subject, payload, headers, msgId } = fieldsOf('message', message, ['subject', 'payload', 'headers', 'msgId'])
+  checkSubject(subject)
+  const bytes = checkPayload(payload, maxPayloadBytes)
+  const checked = checkHeaders(headers)
+  checkTotal(bytes, checked, maxPayloadBytes)
+  if (msgId !== undefined) checkId('msgId', msgId)
+  return { subject, payload: bytes, headers: checked, msgId }
 }
 
 export interface CheckedJob {
@@ -54,29 +56,24 @@ export interface CheckedJob {
 
 export function checkJob(job: Job, maxPayloadBytes: number): CheckedJob {
   if (typeof job !== 'object' || job === null) throw invalid('job', job, 'must be an object with a payload')
-  const payload = checkPayload(job.payload, maxPayloadBytes)
-  const headers = job.headers === undefined ? EMPTY_HEADERS : checkHeaders(job.headers)
+  const given = fieldsOf('job', job, ['payload', 'headers', 'dedupKey', 'maxAttempts', 'delayMs', 'runAt', 'priority'])
+  const payload = checkPayload(given.payload, maxPayloadBytes)
+  const headers = checkHeaders(given.headers)
   checkTotal(payload, headers, maxPayloadBytes)
-  if (job.dedupKey !== undefined) checkId('dedupKey', job.dedupKey)
-  if (job.maxAttempts !== undefined) checkInteger('maxAttempts', job.maxAttempts, 1, MAX_MAX_ATTEMPTS)
-  if (job.delayMs !== undefined) checkDuration('delayMs', job.delayMs)
-  if (job.runAt !== undefined) checkDate('runAt', job.runAt)
-  if (job.delayMs !== undefined && job.runAt !== undefined) throw invalid('runAt', job.runAt, 'must not be given together with delayMs')
-  if (job.priority !== undefined) checkInteger('priority', job.priority, -100, 100)
-  return {
-    payload,
-    headers,
-    dedupKey: job.dedupKey,
-    maxAttempts: job.maxAttempts ?? DEFAULT_MAX_ATTEMPTS,
-    delayMs: job.delayMs,
-    runAt: job.runAt,
-    priority: job.priority ?? 0,
-  }
+  const { dedupKey, maxAttempts = DEFAULT_MAX_ATTEMPTS, delayMs, runAt, priority = 0 } = given
+  if (dedupKey !== undefined) checkId('dedupKey', dedupKey)
+  checkInteger('maxAttempts', maxAttempts, 1, MAX_MAX_ATTEMPTS)
+  if (delayMs !== undefined) checkDuration('delayMs', delayMs)
+  if (runAt !== undefined) checkDate('runAt', runAt)
+  if (delayMs !== undefined && runAt !== undefined) throw invalid('runAt', runAt, 'must not be given together with delayMs')
+  checkInteger('priority', priority, -100, 100)
+  // A Date of the caller's may change, or have a method of its own, before it is sent.
+  return { payload, headers, dedupKey, maxAttempts, delayMs, runAt: runAt && new Date(+runAt), priority }
 }
 
 /** Checks each element; what is refused is named by its place. */
 export function checkEach<I, O>(argument: string, items: readonly I[], check: (item: I) => O): O[] {
-  return items.map((item, index) => {
+  return reading(argument, items, () => [...items]).map((item, index) => {
     try {
       return check(item)
     } catch (error) {
@@ -88,12 +85,16 @@ export function checkEach<I, O>(argument: string, items: readonly I[], check: (i
 
 /** @throws invalid_argument unless it is an array of a size one statement can carry */
 export function checkBatch(argument: string, value: unknown): asserts value is readonly unknown[] {
-  if (!Array.isArray(value) || value.length > MAX_BATCH) throw invalid(argument, value, `must be an array of at most ${MAX_BATCH}`)
+  const valid = () => Array.isArray(value) && value.length <= MAX_BATCH
+  if (!reading(argument, value, valid)) throw invalid(argument, value, `must be an array of at most ${MAX_BATCH}`)
 }
 
 export function checkLimit(value: unknown): asserts value is number {
   checkInteger('limit', value, 1, MAX_CLAIM_LIMIT)
 }
+
+/** What `subscribe` takes. */
+export const SUBSCRIBE_OPTIONS = ['ackWaitMs', 'maxDeliver', 'maxAckPending', 'maxInFlight', 'start', 'signal'] as const
 
 export interface CheckedSubscription {
   readonly ackWaitMs: number
@@ -104,18 +105,27 @@ export interface CheckedSubscription {
   readonly start: 'all' | 'new' | { readonly seq: number } | { readonly time: Date }
 }
 
-export function checkSubscription(filter: string, options: SubscribeOptions): CheckedSubscription {
+export function checkSubscription(filter: string, options: Partial<Omit<SubscribeOptions, 'signal'>>): CheckedSubscription {
   checkFilter(filter)
   const { ackWaitMs = 30_000, maxDeliver, maxAckPending = 1_000, maxInFlight = 256, start = 'all' } = options
   checkDuration('ackWaitMs', ackWaitMs, 1)
   if (maxDeliver !== undefined) checkInteger('maxDeliver', maxDeliver, 1, MAX_DURATION_MS)
   checkInteger('maxAckPending', maxAckPending, 1, MAX_DURATION_MS)
   checkInteger('maxInFlight', maxInFlight, 1, 100_000)
-  if (start !== 'all' && start !== 'new') {
-    if (typeof start !== 'object' || start === null) throw invalid('start', start, 'must be "all", "new", { seq } or { time }')
-    if ('seq' in start && !('time' in start)) checkInteger('start.seq', start.seq, 0, Number.MAX_SAFE_INTEGER)
-    else if ('time' in start && !('seq' in start)) checkDate('start.time', start.time)
-    else throw invalid('start', start, 'must be "all", "new", { seq } or { time }')
+  return { ackWaitMs, maxDeliver: maxDeliver ?? null, maxAckPending, maxInFlight, start: reading('start', start, () => startOf(start)) }
+}
+
+function startOf(start: unknown): CheckedSubscription['start'] {
+  if (start === 'all' || start === 'new') return start
+  if (typeof start === 'object' && start !== null && 'seq' in start !== 'time' in start) {
+    if ('time' in start) {
+      const { time } = start
+      checkDate('start.time', time)
+      return { time: new Date(+time) }
+    }
+    const { seq } = start as { readonly seq: unknown }
+    checkInteger('start.seq', seq, 0, Number.MAX_SAFE_INTEGER)
+    return { seq }
   }
-  return { ackWaitMs, maxDeliver: maxDeliver ?? null, maxAckPending, maxInFlight, start }
+  throw invalid('start', start, 'must be "all", "new", { seq } or { time }')
 }

@@ -91,9 +91,8 @@ export function checkDuration(argument: string, value: unknown, least = 0, most 
 
 export function checkDate(argument: string, value: unknown): asserts value is Date {
   // Postgres ends at the year 294276, JavaScript at 275760: whatever a Date holds fits, but for the far past.
-  if (!(value instanceof Date) || Number.isNaN(value.getTime()) || value.getUTCFullYear() < -4712) {
-    throw invalid(argument, value, 'must be a valid Date')
-  }
+  const valid = () => value instanceof Date && !Number.isNaN(value.getTime()) && value.getUTCFullYear() >= -4712
+  if (!reading(argument, value, valid)) throw invalid(argument, value, 'must be a valid Date')
 }
 
 export function checkRevision(argument: string, value: unknown): asserts value is number {
@@ -109,11 +108,48 @@ export function checkExpected(value: unknown): asserts value is number | null {
 }
 
 export function checkSignal(value: unknown): asserts value is AbortSignal | undefined {
-  if (value !== undefined && !(value instanceof AbortSignal)) throw invalid('signal', value, 'must be an AbortSignal')
+  // A proxy of one is an instance, and has no state that can be read.
+  const valid = () => value instanceof AbortSignal && typeof value.aborted === 'boolean'
+  if (value !== undefined && !reading('signal', value, valid)) throw invalid('signal', value, 'must be an AbortSignal')
 }
 
 export function checkFunction(argument: string, value: unknown): void {
   if (typeof value !== 'function') throw invalid(argument, value, 'must be a function')
+}
+
+/**
+ * What a caller's getter or proxy throws while an argument is read is a mistake in the argument.
+ * @throws invalid_argument
+ */
+export function reading<T>(argument: string, value: unknown, read: () => T): T {
+  try {
+    return read()
+  } catch (error) {
+    if (error instanceof BusError) throw error
+    throw invalid(argument, value, 'cannot be read: it threw')
+  }
+}
+
+/**
+ * These fields of an object, each read once: what is checked is what is used, whatever a getter would answer next time.
+ * @throws invalid_argument
+ */
+export function fieldsOf<T extends object, K extends keyof T>(
+  argument: string,
+  value: T,
+  names: readonly K[],
+): { readonly [P in K]: T[P] | undefined } {
+  return reading(argument, value, () => Object.fromEntries(names.map((name) => [name, value[name]]))) as { [P in K]: T[P] | undefined }
+}
+
+/** Those of an options bag; `undefined` is an empty one, `null` none. @throws invalid_argument */
+export function optionsOf<T extends object, K extends keyof T>(
+  value: T | null | undefined,
+  names: readonly K[],
+  argument = 'options',
+): { readonly [P in K]: T[P] | undefined } {
+  reading(argument, value, () => checkOptions(value, argument))
+  return fieldsOf(argument, value ?? ({} as T), names)
 }
 
 /** An options bag: `undefined` is an empty one. */
@@ -143,6 +179,10 @@ export function toBytes(argument: string, value: Payload): Uint8Array {
 
 /** Checks the size before it copies: 100 MB are refused without being touched. */
 export function checkPayload(value: unknown, maxBytes: number, argument = 'payload'): Uint8Array {
+  return reading(argument, value, () => payloadOf(value, maxBytes, argument))
+}
+
+function payloadOf(value: unknown, maxBytes: number, argument: string): Uint8Array {
   if (typeof value !== 'string' && !(value instanceof Uint8Array)) throw invalid(argument, value, 'must be a Uint8Array or a string')
   const tooLarge = (size: number) =>
     new BusError('payload_too_large', `${argument} is ${size} bytes; the limit of this bus is ${maxBytes} (maxPayloadBytes)`)
@@ -170,7 +210,10 @@ export function checkTotal(payload: Uint8Array, headers: Headers, maxBytes: numb
 
 /** A checked copy of the headers. */
 export function checkHeaders(value: unknown): Headers {
-  if (value === undefined) return EMPTY_HEADERS
+  return value === undefined ? EMPTY_HEADERS : reading('headers', value, () => headersOf(value))
+}
+
+function headersOf(value: unknown): Headers {
   if (typeof value !== 'object' || value === null || Array.isArray(value) || value instanceof Map) {
     throw invalid('headers', value, 'must be an object of strings')
   }

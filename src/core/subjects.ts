@@ -28,6 +28,14 @@ function check(argument: string, value: unknown, wildcards: boolean): void {
 
 /** How an error message names a bad value without repeating what may be secret or huge. */
 export function kindOf(value: unknown): string {
+  try {
+    return kind(value)
+  } catch {
+    return 'an object that cannot be read'
+  }
+}
+
+function kind(value: unknown): string {
   if (value === null) return 'null'
   if (typeof value === 'string') return `a string of length ${value.length}`
   if (typeof value === 'number') return `the number ${value}`

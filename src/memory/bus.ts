@@ -3,13 +3,14 @@ import {
   type Capabilities,
   checkDuration,
   checkInteger,
-  checkOptions,
   checkQueue,
   closedError,
   DEFAULT_MAX_PAYLOAD_BYTES,
   invalid,
   type JobId,
   LARGEST_MAX_PAYLOAD_BYTES,
+  optionsOf,
+  reading,
 } from '../core/index.ts'
 import type { Clock } from '../runtime/clock.ts'
 import type { Context } from './context.ts'
@@ -63,12 +64,11 @@ export class MemoryBus implements Bus<never> {
 
   /** @throws invalid_argument */
   static create(options: MemoryBusOptions = {}): MemoryBus {
-    checkOptions(options)
-    const { store = new MemoryStore(), clock, maxPayloadBytes = DEFAULT_MAX_PAYLOAD_BYTES, retention = {} } = options
-    if (!(store instanceof MemoryStore)) throw invalid('store', store, 'must be a MemoryStore')
+    const given = optionsOf(options, ['store', 'clock', 'maxPayloadBytes', 'retention'])
+    const { store = new MemoryStore(), clock, maxPayloadBytes = DEFAULT_MAX_PAYLOAD_BYTES, retention } = given
+    if (!reading('store', store, () => store instanceof MemoryStore)) throw invalid('store', store, 'must be a MemoryStore')
     checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)
-    checkOptions(retention)
-    const { messagesMs = WEEK_MS, deadJobsMs = 2 * WEEK_MS } = retention
+    const { messagesMs = WEEK_MS, deadJobsMs = 2 * WEEK_MS } = optionsOf(retention, ['messagesMs', 'deadJobsMs'], 'retention')
     checkDuration('retention.messagesMs', messagesMs)
     checkDuration('retention.deadJobsMs', deadJobsMs)
     store.attach(clock)

@@ -9,13 +9,13 @@ import {
   checkId,
   checkJob,
   checkLimit,
-  checkOptions,
   checkQueue,
   checkSignal,
   type Job,
   type JobId,
   type JobQueue,
   MAX_WAIT_MS,
+  optionsOf,
   type TxOption,
 } from '../core/index.ts'
 import { type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
@@ -34,25 +34,25 @@ export class MemoryJobs implements JobQueue {
   async enqueue(queue: string, job: Job, options: TxOption<never> = {}): Promise<JobId> {
     this.#context.checkOpen()
     checkQueue(queue)
-    checkOptions(options)
+    const { tx } = optionsOf(options, ['tx'])
     const checked = this.#check(job)
-    checkTx(options.tx)
+    checkTx(tx)
     return (await this.#enqueue(queue, [checked]))[0] as JobId
   }
 
   async enqueueMany(queue: string, jobs: readonly Job[], options: TxOption<never> = {}): Promise<JobId[]> {
     this.#context.checkOpen()
     checkQueue(queue)
-    checkOptions(options)
+    const { tx } = optionsOf(options, ['tx'])
     checkBatch('jobs', jobs)
     const checked = checkEach('jobs', jobs, (job) => this.#check(job))
-    checkTx(options.tx)
+    checkTx(tx)
     return checked.length === 0 ? [] : this.#enqueue(queue, checked)
   }
 
   async claim(queue: string, workerId: string, leaseTtlMs: number, options: ClaimOptions = {}): Promise<ClaimedJob | null> {
-    checkOptions(options)
-    return (await this.claimMany(queue, workerId, leaseTtlMs, { ...options, limit: 1 }))[0] ?? null
+    const { waitMs = 0, signal } = optionsOf(options, ['waitMs', 'signal'])
+    return (await this.claimMany(queue, workerId, leaseTtlMs, { limit: 1, waitMs, ...(signal === undefined ? {} : { signal }) }))[0] ?? null
   }
 
   async claimMany(queue: string, workerId: string, leaseTtlMs: number, options: ClaimManyOptions): Promise<ClaimedJob[]> {
@@ -60,8 +60,7 @@ export class MemoryJobs implements JobQueue {
     checkQueue(queue)
     checkId('workerId', workerId)
     checkDuration('leaseTtlMs', leaseTtlMs)
-    checkOptions(options ?? null)
-    const { limit, waitMs = 0, signal } = options
+    const { limit, waitMs = 0, signal } = optionsOf(options ?? null, ['limit', 'waitMs', 'signal'])
     checkLimit(limit)
     checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
     checkSignal(signal)

@@ -5,7 +5,6 @@ import {
   checkExpected,
   checkFilter,
   checkKey,
-  checkOptions,
   checkPayload,
   checkRevision,
   checkSignal,
@@ -17,6 +16,7 @@ import {
   type KvWatchOptions,
   type Lease,
   type LeaseOptions,
+  optionsOf,
   type Payload,
   type Revision,
 } from '../core/index.ts'
@@ -44,19 +44,15 @@ export class MemoryKv implements KvStore {
   }
 
   async put(bucket: string, key: string, value: Payload, options: KvPutOptions = {}): Promise<Revision> {
-    const bytes = this.#checkWrite(bucket, key, value, options)
-    const { ttlMs, tx } = options
-    checkTx(tx)
+    const { bytes, ttlMs } = this.#checkWrite(bucket, key, value, options)
     const { store } = this.#context
     await store.turn()
     return store.entries.put(bucket, key, bytes, ttlMs)
   }
 
   async cas(bucket: string, key: string, value: Payload, expected: Revision | null, options: KvPutOptions = {}): Promise<Revision> {
-    const bytes = this.#checkWrite(bucket, key, value, options)
+    const { bytes, ttlMs } = this.#checkWrite(bucket, key, value, options)
     checkExpected(expected)
-    const { ttlMs, tx } = options
-    checkTx(tx)
     const { store } = this.#context
     await store.turn()
     return store.entries.cas(bucket, key, bytes, expected, ttlMs)
@@ -66,8 +62,7 @@ export class MemoryKv implements KvStore {
     this.#context.checkOpen()
     checkBucket(bucket, 'read')
     checkKey(bucket, key)
-    checkOptions(options)
-    const { expected, tx } = options
+    const { expected, tx } = optionsOf(options, ['expected', 'tx'])
     if (expected !== undefined) checkRevision('expected', expected)
     checkTx(tx)
     const { store } = this.#context
@@ -88,8 +83,7 @@ export class MemoryKv implements KvStore {
     this.#context.checkOpen()
     checkBucket(bucket, 'read')
     if (filter !== undefined) checkFilter(filter, 'filter')
-    checkOptions(options)
-    const { signal, updatesOnly = false } = options
+    const { signal, updatesOnly = false } = optionsOf(options, ['signal', 'updatesOnly'])
     checkSignal(signal)
     const { store } = this.#context
     await store.turn()
@@ -109,8 +103,7 @@ export class MemoryKv implements KvStore {
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
     checkDuration('ttlMs', ttlMs)
-    checkOptions(options)
-    const { waitMs = 0, signal } = options
+    const { waitMs = 0, signal } = optionsOf(options, ['waitMs', 'signal'])
     checkDuration('waitMs', waitMs)
     checkSignal(signal)
     const { store } = this.#context
@@ -134,14 +127,16 @@ export class MemoryKv implements KvStore {
     await Promise.all([...[...this.#watches].map((watch) => watch.close()), ...[...this.#leases.values()].map((handBack) => handBack())])
   }
 
-  /** @returns a copy of the value */
-  #checkWrite(bucket: string, key: string, value: Payload, options: KvPutOptions): Uint8Array {
+  /** The value is a copy. */
+  #checkWrite(bucket: string, key: string, value: Payload, options: KvPutOptions) {
     this.#context.checkOpen()
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
-    checkOptions(options)
-    if (options.ttlMs !== undefined) checkDuration('ttlMs', options.ttlMs)
-    return checkPayload(value, this.#context.maxPayloadBytes, 'value')
+    const { ttlMs, tx } = optionsOf(options, ['ttlMs', 'tx'])
+    if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs)
+    const bytes = checkPayload(value, this.#context.maxPayloadBytes, 'value')
+    checkTx(tx)
+    return { bytes, ttlMs }
   }
 
   async #lease(name: string, what: string, ttlMs: number): Promise<Lease | undefined> {

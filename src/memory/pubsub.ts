@@ -5,15 +5,16 @@ import {
   checkDurable,
   checkEach,
   checkMessage,
-  checkOptions,
   checkSignal,
   checkSubscription,
   type Message,
   type MsgStream,
+  optionsOf,
   type Payload,
   type PubAck,
   type PublishOptions,
   type Pubsub,
+  SUBSCRIBE_OPTIONS,
   type SubscribeOptions,
   type TxOption,
 } from '../core/index.ts'
@@ -33,8 +34,7 @@ export class MemoryPubsub implements Pubsub {
 
   async publish(subject: string, payload: Payload, options: PublishOptions = {}): Promise<PubAck> {
     this.#context.checkOpen()
-    checkOptions(options)
-    const { headers, msgId, tx } = options
+    const { headers, msgId, tx } = optionsOf(options, ['headers', 'msgId', 'tx'])
     const message = checkMessage(
       { subject, payload, ...(headers === undefined ? {} : { headers }), ...(msgId === undefined ? {} : { msgId }) },
       this.#context.maxPayloadBytes,
@@ -45,19 +45,19 @@ export class MemoryPubsub implements Pubsub {
 
   async publishMany(messages: readonly Message[], options: TxOption<never> = {}): Promise<PubAck[]> {
     this.#context.checkOpen()
-    checkOptions(options)
+    const { tx } = optionsOf(options, ['tx'])
     checkBatch('messages', messages)
     const checked = checkEach('messages', messages, (message) => checkMessage(message, this.#context.maxPayloadBytes))
-    checkTx(options.tx)
+    checkTx(tx)
     return checked.length === 0 ? [] : this.#publish(checked)
   }
 
   async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream> {
     this.#context.checkOpen()
-    checkOptions(options)
+    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
     checkDurable(durable)
-    const subscription = checkSubscription(subject, options)
-    checkSignal(options.signal)
+    const subscription = checkSubscription(subject, given)
+    checkSignal(signal)
     const { store, messagesMs } = this.#context
     // The caller's objects may change before the turn comes.
     const start = structuredClone(subscription.start)
@@ -71,7 +71,7 @@ export class MemoryPubsub implements Pubsub {
       ackWaitMs: subscription.ackWaitMs,
       maxInFlight: subscription.maxInFlight,
       pollIntervalMs: POLL_INTERVAL_MS,
-      signal: options.signal,
+      signal,
       checkTx,
       isClosed: this.#context.isClosed,
       // A closed stream is kept while it has yielded messages that the bus must hand back.

@@ -5,12 +5,12 @@ import {
   checkFunction,
   checkHeaders,
   checkInteger,
-  checkOptions,
   checkPayload,
   checkSignal,
   checkSubject,
   checkTotal,
   closedError,
+  optionsOf,
   type Payload,
   type Request,
   type RequestOptions,
@@ -44,8 +44,7 @@ export class MemoryRequestReply implements RequestReply {
     this.#context.checkOpen()
     checkSubject(subject)
     const bytes = checkPayload(payload, this.#context.maxPayloadBytes)
-    checkOptions(options ?? null)
-    const { timeoutMs, headers, signal } = options
+    const { timeoutMs, headers, signal } = optionsOf(options ?? null, ['timeoutMs', 'headers', 'signal'])
     checkDuration('timeoutMs', timeoutMs)
     const checkedHeaders = checkHeaders(headers)
     checkTotal(bytes, checkedHeaders, this.#context.maxPayloadBytes)
@@ -85,8 +84,7 @@ export class MemoryRequestReply implements RequestReply {
     this.#context.checkOpen()
     checkFilter(subject)
     checkFunction('handler', handler)
-    checkOptions(options)
-    const { concurrency = DEFAULT_CONCURRENCY } = options
+    const { concurrency = DEFAULT_CONCURRENCY } = optionsOf(options, ['concurrency'])
     checkInteger('concurrency', concurrency, 1, MAX_CONCURRENCY)
     await this.#tools().turn()
     this.#context.checkOpen()

@@ -5,11 +5,12 @@ import {
   type Capabilities,
   checkDuration,
   checkInteger,
-  checkOptions,
   closedError,
   DEFAULT_MAX_PAYLOAD_BYTES,
   invalid,
   LARGEST_MAX_PAYLOAD_BYTES,
+  optionsOf,
+  reading,
 } from '../core/index.ts'
 import { Bell } from '../runtime/bell.ts'
 import { type Clock, systemClock } from '../runtime/clock.ts'
@@ -112,7 +113,8 @@ export class PostgresBus implements Bus<PostgresTx> {
    * @throws invalid_argument, connection, permission_denied, unavailable, unsupported for a standby or a server older than
    * 14, schema_outdated for a schema that this version cannot work with
    */
-  static async connect(options: PostgresBusOptions = {}): Promise<PostgresBus> {
+  static async connect(given: PostgresBusOptions = {}): Promise<PostgresBus> {
+    const options = optionsOf(given, OPTIONS)
     const checked = check(options)
     const { clock = systemClock } = options
     const ownsPool = options.pool === undefined
@@ -175,8 +177,9 @@ export class PostgresBus implements Bus<PostgresTx> {
    * @throws schema_outdated for a schema of a newer version that this one cannot work with, permission_denied, connection
    */
   static async migrate(
-    options: Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema'> & { readonly check?: boolean } = {},
+    given: Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema'> & { readonly check?: boolean } = {},
   ): Promise<string[]> {
+    const options = optionsOf(given, ['connectionString', 'pool', 'schema', 'check'])
     const { schema } = check(options)
     checkBoolean('check', options.check)
     const ownsPool = options.pool === undefined
@@ -243,9 +246,14 @@ function connectionOf(connectionString: string | undefined): pg.ClientConfig {
   return connectionString === undefined ? {} : { connectionString }
 }
 
-function check(options: PostgresBusOptions) {
-  checkOptions(options)
-  const { connectionString, pool, schema = DEFAULT_SCHEMA, maintenance = true, retention = {}, listenConnectionString } = options
+const OPTIONS = [
+  ...(['connectionString', 'pool', 'schema', 'migrate', 'maintenance', 'retention'] as const),
+  ...(['maxPayloadBytes', 'listenConnectionString', 'preparedStatements', 'pollIntervalMs'] as const),
+]
+
+/** @param options each read once */
+function check(options: Partial<{ readonly [K in keyof PostgresBusOptions]: PostgresBusOptions[K] | undefined }>) {
+  const { connectionString, pool, schema = DEFAULT_SCHEMA, maintenance = true, retention, listenConnectionString } = options
   const { maxPayloadBytes = DEFAULT_MAX_PAYLOAD_BYTES, pollIntervalMs = 1_000 } = options
   if (connectionString !== undefined && pool !== undefined) {
     throw invalid('pool', pool, 'must not be given together with connectionString')
@@ -253,15 +261,21 @@ function check(options: PostgresBusOptions) {
   checkConnectionString('connectionString', connectionString)
   checkConnectionString('listenConnectionString', listenConnectionString)
   // A client of the caller's own cannot be shared with him; a pool counts its connections.
-  if (pool !== undefined && (typeof pool !== 'object' || pool === null || typeof pool.totalCount !== 'number')) {
+  if (
+    pool !== undefined &&
+    !reading('pool', pool, () => typeof pool === 'object' && pool !== null && typeof pool.totalCount === 'number')
+  ) {
     throw invalid('pool', pool, 'must be a pg.Pool')
   }
   checkSchema(schema)
   checkBoolean('migrate', options.migrate)
   checkBoolean('maintenance', options.maintenance)
   checkBoolean('preparedStatements', options.preparedStatements)
-  checkOptions(retention, 'retention')
-  const { messagesMs = DEFAULT_RETENTION.messagesMs, deadJobsMs = DEFAULT_RETENTION.deadJobsMs } = retention
+  const { messagesMs = DEFAULT_RETENTION.messagesMs, deadJobsMs = DEFAULT_RETENTION.deadJobsMs } = optionsOf(
+    retention,
+    ['messagesMs', 'deadJobsMs'],
+    'retention',
+  )
   checkDuration('retention.messagesMs', messagesMs)
   checkDuration('retention.deadJobsMs', deadJobsMs)
   checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)

@@ -9,7 +9,7 @@
 import { createHash } from 'node:crypto'
 import { CompiledQuery, type Transaction } from 'kysely'
 import pg from 'pg'
-import { BusError, closedError, invalid, isBusError, kindOf } from '../core/index.ts'
+import { BusError, closedError, invalid, isBusError, kindOf, reading } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isNotifyQueueFull, isTransient, LACKS_A_RIGHT, REPAIR, sqlState, toBusError, toPermissionError } from './errors.ts'
 import { inSchema } from './schema-name.ts'
@@ -154,7 +154,9 @@ export class Database {
 
   async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
     if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
-    return (await (tx as QueryableTx).query(sql, [...values])).rows as R[]
+    const answer = await (tx as QueryableTx).query(sql, [...values])
+    if (!Array.isArray(answer?.rows)) throw new BusError('invalid_argument', 'tx: its query() must resolve to an object with rows')
+    return answer.rows as R[]
   }
 
   /** A connection for statements that belong together; always given back. */
@@ -428,7 +430,10 @@ function isKysely(tx: PostgresTx): tx is Transaction<any> {
 
 /** @throws invalid_argument for what is no transaction */
 export function checkTx(tx: unknown): void {
-  if (tx === undefined) return
+  if (tx !== undefined) reading('tx', tx, () => checkTransaction(tx))
+}
+
+function checkTransaction(tx: unknown): void {
   if (typeof tx !== 'object' || tx === null)
     throw invalid('tx', tx, 'must be a transaction: a pg client, a Kysely transaction or an object with query()')
   if ('executeQuery' in tx && typeof tx.executeQuery === 'function') {

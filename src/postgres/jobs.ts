@@ -9,7 +9,6 @@ import {
   checkId,
   checkJob,
   checkLimit,
-  checkOptions,
   checkQueue,
   checkSignal,
   type Headers,
@@ -17,6 +16,7 @@ import {
   type JobId,
   type JobQueue,
   MAX_WAIT_MS,
+  optionsOf,
   type TxOption,
 } from '../core/index.ts'
 import { jittered } from '../runtime/backoff.ts'
@@ -114,10 +114,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   async enqueue(queue: string, job: Job, options: TxOption<PostgresTx> = {}): Promise<JobId> {
     this.#context.checkOpen()
     checkQueue(queue)
-    checkOptions(options)
-    checkTx(options.tx)
+    const { tx } = optionsOf(options, ['tx'])
+    checkTx(tx)
     const enqueue = { queue, job: checkJob(job, this.#context.maxPayloadBytes) }
-    if (options.tx !== undefined) return (await this.#enqueueIn(options.tx, [enqueue]))[0] as JobId
+    if (tx !== undefined) return (await this.#enqueueIn(tx, [enqueue]))[0] as JobId
     // A dedup key may have to wait for somebody's open transaction; nobody else's enqueue waits along.
     if (enqueue.job.dedupKey !== undefined) return (await this.#enqueue([enqueue]))[0] as JobId
     return this.#enqueues.add(enqueue)
@@ -126,17 +126,17 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   async enqueueMany(queue: string, jobs: readonly Job[], options: TxOption<PostgresTx> = {}): Promise<JobId[]> {
     this.#context.checkOpen()
     checkQueue(queue)
-    checkOptions(options)
-    checkTx(options.tx)
+    const { tx } = optionsOf(options, ['tx'])
+    checkTx(tx)
     checkBatch('jobs', jobs)
     const enqueues = checkEach('jobs', jobs, (job) => ({ queue, job: checkJob(job, this.#context.maxPayloadBytes) }))
     if (enqueues.length === 0) return []
-    return options.tx === undefined ? this.#enqueue(enqueues) : this.#enqueueIn(options.tx, enqueues)
+    return tx === undefined ? this.#enqueue(enqueues) : this.#enqueueIn(tx, enqueues)
   }
 
   async claim(queue: string, workerId: string, leaseTtlMs: number, options: ClaimOptions = {}): Promise<ClaimedJob<PostgresTx> | null> {
-    checkOptions(options)
-    return (await this.claimMany(queue, workerId, leaseTtlMs, { ...options, limit: 1 }))[0] ?? null
+    const { waitMs = 0, signal } = optionsOf(options, ['waitMs', 'signal'])
+    return (await this.claimMany(queue, workerId, leaseTtlMs, { limit: 1, waitMs, ...(signal === undefined ? {} : { signal }) }))[0] ?? null
   }
 
   async claimMany(queue: string, workerId: string, leaseTtlMs: number, options: ClaimManyOptions): Promise<ClaimedJob<PostgresTx>[]> {
@@ -144,8 +144,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     checkQueue(queue)
     checkId('workerId', workerId)
     checkDuration('leaseTtlMs', leaseTtlMs)
-    checkOptions(options ?? null)
-    const { limit, waitMs = 0, signal } = options
+    const { limit, waitMs = 0, signal } = optionsOf(options ?? null, ['limit', 'waitMs', 'signal'])
     checkLimit(limit)
     checkDuration('waitMs', waitMs, 0, MAX_WAIT_MS)
     checkSignal(signal)

@@ -6,7 +6,6 @@ import {
   checkExpected,
   checkFilter,
   checkKey,
-  checkOptions,
   checkPayload,
   checkRevision,
   checkSignal,
@@ -19,6 +18,7 @@ import {
   type KvWatchOptions,
   type Lease,
   type LeaseOptions,
+  optionsOf,
   type Payload,
   type Revision,
 } from '../core/index.ts'
@@ -120,8 +120,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     this.#context.checkOpen()
     checkBucket(bucket, 'read')
     checkKey(bucket, key)
-    checkOptions(options)
-    const { expected, tx } = options
+    const { expected, tx } = optionsOf(options, ['expected', 'tx'])
     checkTx(tx)
     if (expected !== undefined) checkRevision('expected', expected)
     const { revision, actual } = await this.#write(
@@ -149,8 +148,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     this.#context.checkOpen()
     checkBucket(bucket, 'read')
     if (filter !== undefined) checkFilter(filter, 'filter')
-    checkOptions(options)
-    const { signal, updatesOnly = false } = options
+    const { signal, updatesOnly = false } = optionsOf(options, ['signal', 'updatesOnly'])
     checkSignal(signal)
     const { bell, clock, pollIntervalMs, isClosed } = this.#context
     const ear = bell.listen({ kind: 'bucket', name: bucket })
@@ -180,8 +178,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
     checkDuration('ttlMs', ttlMs)
-    checkOptions(options)
-    const { waitMs = 0, signal } = options
+    const { waitMs = 0, signal } = optionsOf(options, ['waitMs', 'signal'])
     checkDuration('waitMs', waitMs)
     checkSignal(signal)
     const { clock, bell, pollIntervalMs, db } = this.#context
@@ -219,8 +216,7 @@ export class PostgresKv implements KvStore<PostgresTx> {
     this.#context.checkOpen()
     checkBucket(bucket, 'write')
     checkKey(bucket, key)
-    checkOptions(options)
-    const { ttlMs, tx } = options
+    const { ttlMs, tx } = optionsOf(options, ['ttlMs', 'tx'])
     checkTx(tx)
     if (ttlMs !== undefined) checkDuration('ttlMs', ttlMs)
     const bytes = checkPayload(value, this.#context.maxPayloadBytes, 'value')

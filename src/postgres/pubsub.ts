@@ -6,16 +6,17 @@ import {
   checkDurable,
   checkEach,
   checkMessage,
-  checkOptions,
   checkSignal,
   checkSubscription,
   type Headers,
   type Message,
   type MsgStream,
+  optionsOf,
   type Payload,
   type PubAck,
   type PublishOptions,
   type Pubsub,
+  SUBSCRIBE_OPTIONS,
   type SubscribeOptions,
   type TxOption,
 } from '../core/index.ts'
@@ -103,8 +104,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
 
   async publish(subject: string, payload: Payload, options: PublishOptions<PostgresTx> = {}): Promise<PubAck> {
     this.#context.checkOpen()
-    checkOptions(options)
-    const { headers, msgId, tx } = options
+    const { headers, msgId, tx } = optionsOf(options, ['headers', 'msgId', 'tx'])
     checkTx(tx)
     const message = checkMessage(
       { subject, payload, ...(headers === undefined ? {} : { headers }), ...(msgId === undefined ? {} : { msgId }) },
@@ -118,20 +118,20 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
 
   async publishMany(messages: readonly Message[], options: TxOption<PostgresTx> = {}): Promise<PubAck[]> {
     this.#context.checkOpen()
-    checkOptions(options)
-    checkTx(options.tx)
+    const { tx } = optionsOf(options, ['tx'])
+    checkTx(tx)
     checkBatch('messages', messages)
     const checked = checkEach('messages', messages, (message) => checkMessage(message, this.#context.maxPayloadBytes))
     if (checked.length === 0) return []
-    return options.tx === undefined ? this.#publish(checked) : this.#publishIn(options.tx, checked)
+    return tx === undefined ? this.#publish(checked) : this.#publishIn(tx, checked)
   }
 
   async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream<PostgresTx>> {
     this.#context.checkOpen()
-    checkOptions(options)
+    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
     checkDurable(durable)
-    const subscription = checkSubscription(subject, options)
-    checkSignal(options.signal)
+    const subscription = checkSubscription(subject, given)
+    checkSignal(signal)
     const consumer = await this.#findOrCreate(subject, durable, subscription)
     this.#context.checkOpen()
     const { bell, clock, pollIntervalMs } = this.#context
@@ -142,7 +142,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       ackWaitMs: subscription.ackWaitMs,
       maxInFlight: subscription.maxInFlight,
       pollIntervalMs,
-      signal: options.signal,
+      signal,
       checkTx,
       isClosed: this.#context.isClosed,
       onClose: (closed) => this.#closed(closed),

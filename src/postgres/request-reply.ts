@@ -10,7 +10,6 @@ import {
   checkFunction,
   checkHeaders,
   checkInteger,
-  checkOptions,
   checkPayload,
   checkSignal,
   checkSubject,
@@ -18,6 +17,7 @@ import {
   closedError,
   type Headers,
   isBusError,
+  optionsOf,
   type Payload,
   type Request,
   type RequestOptions,
@@ -76,10 +76,9 @@ export class PostgresRequestReply implements RequestReply {
     this.#context.checkOpen()
     checkSubject(subject)
     const bytes = checkPayload(payload, maxPayloadBytes)
-    checkOptions(options ?? null)
-    const { timeoutMs, signal } = options
+    const { timeoutMs, headers: given, signal } = optionsOf(options ?? null, ['timeoutMs', 'headers', 'signal'])
     checkDuration('timeoutMs', timeoutMs)
-    const headers = checkHeaders(options.headers)
+    const headers = checkHeaders(given)
     checkTotal(bytes, headers, maxPayloadBytes)
     checkSignal(signal)
 
@@ -132,8 +131,7 @@ export class PostgresRequestReply implements RequestReply {
     this.#context.checkOpen()
     checkFilter(subject)
     checkFunction('handler', handler)
-    checkOptions(options)
-    const { concurrency = 16 } = options
+    const { concurrency = 16 } = optionsOf(options, ['concurrency'])
     checkInteger('concurrency', concurrency, 1, 10_000)
     const instance = await this.#presence.instance()
     const responder = new PostgresResponder(this.#context, this.#presence, instance, subject, handler, concurrency, (closed) =>

@@ -3,12 +3,12 @@
 import {
   type ClaimedJob,
   checkDuration,
-  checkOptions,
   checkText,
   closedError,
   type Headers,
   type Lease,
   type NakOptions,
+  optionsOf,
   type TxOption,
 } from '../core/index.ts'
 import { retryDelayMs } from './backoff.ts'
@@ -177,8 +177,7 @@ class Claimed<C extends Claim, Tx> extends Settlement implements LeaseBackend {
   }
 
   async ack(options: TxOption<Tx> | undefined): Promise<void> {
-    checkOptions(options)
-    const tx = options?.tx
+    const { tx } = optionsOf(options, ['tx'])
     this.#context.checkTx(tx)
     this.#checkOpen()
     await this.settle(tx !== undefined, (noWait) => this.#context.backend.ack(this.claim, tx, noWait), 'gone')
@@ -186,8 +185,7 @@ class Claimed<C extends Claim, Tx> extends Settlement implements LeaseBackend {
 
   async nak(delayMs: number | undefined, options: NakOptions | undefined): Promise<void> {
     if (delayMs !== undefined) checkDuration('delayMs', delayMs)
-    checkOptions(options)
-    const error = options?.error
+    const { error } = optionsOf(options, ['error'])
     if (error !== undefined) checkText('error', error)
     const delay = delayMs ?? retryDelayMs(this.claim.attempt)
     this.#checkOpen()

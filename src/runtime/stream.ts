@@ -17,13 +17,13 @@
 import {
   BusError,
   checkDuration,
-  checkOptions,
   checkText,
   closedError,
   type Headers,
   isBusError,
   type Msg,
   type MsgStream,
+  optionsOf,
   type TxOption,
 } from '../core/index.ts'
 import { jittered, reconnectDelayMs } from './backoff.ts'
@@ -379,8 +379,7 @@ class Held<D extends Delivery, Tx> extends Settlement {
   }
 
   async ack(options: TxOption<Tx> | undefined): Promise<void> {
-    checkOptions(options)
-    const tx = options?.tx
+    const { tx } = optionsOf(options, ['tx'])
     this.#options.checkTx(tx)
     this.#checkOpen()
     this.#again = false

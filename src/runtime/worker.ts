@@ -5,12 +5,13 @@ import {
   checkFunction,
   checkId,
   checkInteger,
-  checkOptions,
   checkQueue,
   invalid,
   isBusError,
   type JobQueue,
   MAX_CLAIM_LIMIT,
+  optionsOf,
+  reading,
 } from '../core/index.ts'
 import { reconnectDelayMs } from './backoff.ts'
 import { type Claim, HeldJob } from './claimed-job.ts'
@@ -81,12 +82,12 @@ export class Worker<Tx = never> implements AsyncDisposable {
   #stopped: Promise<void> | undefined
 
   constructor(jobs: JobQueue<Tx>, queue: string, handler: JobHandler<Tx>, options: WorkerOptions = {}) {
-    if (typeof jobs !== 'object' || jobs === null || typeof jobs.claimMany !== 'function')
+    if (typeof jobs !== 'object' || jobs === null || typeof reading('jobs', jobs, () => jobs.claimMany) !== 'function')
       throw invalid('jobs', jobs, 'must be a JobQueue, such as bus.jobs')
     checkQueue(queue)
     checkFunction('handler', handler)
-    checkOptions(options)
-    const { concurrency = 1, leaseTtlMs = 30_000, workerId = `worker-${crypto.randomUUID()}`, onError } = options
+    const given = optionsOf(options, ['concurrency', 'leaseTtlMs', 'workerId', 'onError'])
+    const { concurrency = 1, leaseTtlMs = 30_000, workerId = `worker-${crypto.randomUUID()}`, onError } = given
     checkInteger('concurrency', concurrency, 1, 1_000)
     checkDuration('leaseTtlMs', leaseTtlMs, 1)
     checkId('workerId', workerId)
@@ -104,7 +105,7 @@ export class Worker<Tx = never> implements AsyncDisposable {
 
   /** Claims no more, lets running handlers end, naks the rest. Idempotent; never rejects. */
   stop(options: StopOptions = {}): Promise<void> {
-    const { graceMs = 30_000 } = options
+    const { graceMs = 30_000 } = optionsOf(options, ['graceMs'])
     checkDuration('graceMs', graceMs)
     this.#stopped ??= this.#stop(graceMs)
     return this.#stopped
