@@ -6,7 +6,7 @@ const BUS = 'src/postgres/bus.ts'
 const DATABASE = 'src/postgres/database.ts'
 const PUBSUB = 'src/postgres/pubsub.ts'
 const REQUESTS = 'src/postgres/request-reply.ts'
-const STATEMENTS = 'src/postgres/request-reply.sql.ts'
+const REQUESTS_SQL = 'sql/migrations/0008_requests.sql'
 const POSTGRES = 'test/conformance/postgres.test.ts'
 const WAKE_UPS = 'test/postgres/wake-ups.test.ts'
 const REQUEST_TESTS = 'test/postgres/request-reply.test.ts'
@@ -171,9 +171,9 @@ export const callMutants: readonly Mutant[] = [
       },
       { file: REQUESTS, find: 'if (!answered) void sending', replace: 'if (answered && timeoutMs < 0) void sending' },
       {
-        file: STATEMENTS,
-        find: 'where r.id = $1::uuid and r.claimed_by = $2 and r.deadline > clock_timestamp()',
-        replace: 'where r.id = $1::uuid and r.claimed_by = $2',
+        file: REQUESTS_SQL,
+        find: 'and r.claimed_by = reply_to_request.process and r.deadline > clock_timestamp()',
+        replace: 'and r.claimed_by = reply_to_request.process',
       },
     ],
     files: [POSTGRES],
@@ -187,9 +187,9 @@ export const callMutants: readonly Mutant[] = [
     broken: 'claims of requests do not lock what they found',
     edits: [
       {
-        file: STATEMENTS,
-        find: 'limit $3\n    for no key update skip locked',
-        replace: 'limit $3',
+        file: REQUESTS_SQL,
+        find: '\n      for no key update skip locked',
+        replace: '',
       },
     ],
     files: [POSTGRES, REQUEST_TESTS],
@@ -224,10 +224,10 @@ export const callMutants: readonly Mutant[] = [
       { file: REQUESTS, find: 'if (!answered) void sending', replace: 'if (answered && timeoutMs < 0) void sending' },
       {
         file: REQUESTS,
-        find: 'if (clock.now() - askedAt < Number(request.left_ms)) this.#start(request)',
+        find: 'if (clock.now() - askedAt < request.left_ms) this.#start(request)',
         replace: 'this.#start(request)',
       },
-      { file: STATEMENTS, find: 'r.deadline > (select clock_timestamp()) and', replace: '' },
+      { file: REQUESTS_SQL, find: 'r.deadline > (select clock_timestamp()) and', replace: '' },
     ],
     files: [POSTGRES],
     caughtBy: ['R4 a request past its deadline is not started'],

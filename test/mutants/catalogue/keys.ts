@@ -3,7 +3,6 @@
 import type { Mutant } from '../mutant.ts'
 
 const SQL = 'sql/migrations/0004_key_value.sql'
-const STATEMENTS = 'src/postgres/kv.sql.ts'
 const POSTGRES = 'test/conformance/postgres.test.ts'
 const RACES = 'test/postgres/kv-races.test.ts'
 const LEASES = 'test/postgres/leases.test.ts'
@@ -138,8 +137,9 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'it passes over what was running when it looked last',
     edits: [
       {
-        file: STATEMENTS,
-        find: 'where s.tx = any (array(select x.tx from pg_snapshot_xip($3::pg_snapshot) as x(tx) where pg_visible_in_snapshot(x.tx, $4::pg_snapshot)))',
+        file: SQL,
+        find: `where s.tx = any (array(
+                select x.tx from pg_snapshot_xip(kv_changes_between.lo) as x(tx) where pg_visible_in_snapshot(x.tx, kv_changes_between.hi)))`,
         replace: 'where false',
       },
     ],
@@ -154,9 +154,9 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'the entries are read as they are, and not as of the snapshot from which the changes are read',
     edits: [
       {
-        file: STATEMENTS,
-        find: '    and (pg_visible_in_snapshot(e.tx, $5::pg_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))\n',
-        replace: '    and $5::pg_snapshot is not null\n',
+        file: SQL,
+        find: '          and (pg_visible_in_snapshot(e.tx, kv_entries_at.at_snapshot) or e.tx >= pg_snapshot_xmax(pg_current_snapshot()))\n',
+        replace: '',
       },
     ],
     files: [RACES],
@@ -184,7 +184,7 @@ export const keyMutants: readonly Mutant[] = [
     rule: 'K5',
     guarantee: 'the fence of a lease grows with every grant',
     broken: 'the next holder gets the fence of the one before',
-    edits: [{ file: STATEMENTS, find: `set fence = nextval('klieo.lease_fence'), token`, replace: 'set fence = l.fence, token' }],
+    edits: [{ file: SQL, find: `set fence = nextval('klieo.lease_fence'), token`, replace: 'set fence = l.fence, token' }],
     files: [POSTGRES],
     caughtBy: ['K5 the fence grows through release, expiry and whatever happens to the value'],
     beside: ['K5 while a lease is live another one is refused'],
@@ -195,12 +195,16 @@ export const keyMutants: readonly Mutant[] = [
     guarantee: 'the fence of a lease grows for ever',
     broken: 'it counts in the row of the lease, which a release removes',
     edits: [
-      { file: STATEMENTS, find: `select $1, $2, nextval('klieo.lease_fence'), $3::uuid, $4`, replace: 'select $1, $2, 1, $3::uuid, $4' },
-      { file: STATEMENTS, find: `set fence = nextval('klieo.lease_fence'), token`, replace: 'set fence = l.fence + 1, token' },
       {
-        file: STATEMENTS,
-        find: `update klieo.kv_leases set expires_at = '-infinity' where`,
-        replace: 'delete from klieo.kv_leases where',
+        file: SQL,
+        find: `grant_lease.key, nextval('klieo.lease_fence'), grant_lease.token`,
+        replace: 'grant_lease.key, 1, grant_lease.token',
+      },
+      { file: SQL, find: `set fence = nextval('klieo.lease_fence'), token`, replace: 'set fence = l.fence + 1, token' },
+      {
+        file: SQL,
+        find: `update klieo.kv_leases l\n  set expires_at = '-infinity'\n`,
+        replace: 'delete from klieo.kv_leases l\n',
       },
     ],
     files: [POSTGRES],
@@ -214,11 +218,14 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'a grant does not look whether the lease is held',
     edits: [
       {
-        file: STATEMENTS,
-        find: '  where not exists (select from klieo.kv_leases h where h.bucket = $1 and h.key = $2 and h.expires_at > clock_timestamp())\n',
+        file: SQL,
+        find: `    where not exists (
+      select from klieo.kv_leases h where h.bucket = grant_lease.bucket and h.key = grant_lease.key and h.expires_at > clock_timestamp()
+    )
+`,
         replace: '',
       },
-      { file: STATEMENTS, find: '\n    where l.expires_at <= clock_timestamp()\n  returning l.fence', replace: '\n  returning l.fence' },
+      { file: SQL, find: '\n      where l.expires_at <= clock_timestamp()\n    returning l.fence', replace: '\n    returning l.fence' },
     ],
     files: [POSTGRES],
     caughtBy: ['K5 while a lease is live another one is refused', 'K5 of any number of concurrent acquirers one gets it'],
@@ -231,9 +238,9 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'whoever held it last may take it up again',
     edits: [
       {
-        file: STATEMENTS,
-        find: 'where l.bucket = mine.bucket and l.key = mine.key and l.expires_at > clock_timestamp()',
-        replace: 'where l.bucket = mine.bucket and l.key = mine.key',
+        file: SQL,
+        find: 'and l.key = extend_lease.key and l.expires_at > clock_timestamp()',
+        replace: 'and l.key = extend_lease.key',
       },
     ],
     files: [LEASES],
@@ -247,9 +254,9 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'the expiry is looked at before the row is waited for',
     edits: [
       {
-        file: STATEMENTS,
-        find: 'and l.token = $3::uuid for no key update',
-        replace: 'and l.token = $3::uuid',
+        file: SQL,
+        find: 'and l.token = extend_lease.token\n  for no key update',
+        replace: 'and l.token = extend_lease.token',
       },
     ],
     files: [LEASES],
@@ -263,9 +270,9 @@ export const keyMutants: readonly Mutant[] = [
     broken: 'a release does not compare the token',
     edits: [
       {
-        file: STATEMENTS,
-        find: `where bucket = $1 and key = $2 and token = $3::uuid\``,
-        replace: 'where bucket = $1 and key = $2 and $3::uuid is not null`',
+        file: SQL,
+        find: 'and l.key = release_lease.key and l.token = release_lease.token',
+        replace: 'and l.key = release_lease.key',
       },
     ],
     files: [POSTGRES],
