@@ -248,7 +248,7 @@ function connectionOf(connectionString: string | undefined): pg.ClientConfig {
 
 const OPTIONS = [
   ...(['connectionString', 'pool', 'schema', 'migrate', 'maintenance', 'retention'] as const),
-  ...(['maxPayloadBytes', 'listenConnectionString', 'preparedStatements', 'pollIntervalMs'] as const),
+  ...(['maxPayloadBytes', 'listenConnectionString', 'preparedStatements', 'pollIntervalMs', 'clock'] as const),
 ]
 
 /** @param options each read once */
