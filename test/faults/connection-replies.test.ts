@@ -111,12 +111,10 @@ describe.concurrent('the answer to a write is lost', () => {
   test('J1 enqueue without a dedup key: connection, and the job exists once', () =>
     tapped(async ({ tap, bus }) => {
       const queue = fresh()
-      expect(await lost(tap, /insert into .*jobs/s, () => bus.jobs.enqueue(queue, { payload: 'x' }))).toBe('connection')
+      expect(await lost(tap, /enqueue_one/, () => bus.jobs.enqueue(queue, { payload: 'x' }))).toBe('connection')
       expect(await jobsOf(queue)).toBe(1)
       const later = fresh()
-      expect(await lost(tap, /insert into .*jobs/s, () => bus.jobs.enqueue(later, { payload: 'x', delayMs: 50, priority: 3 }))).toBe(
-        'connection',
-      )
+      expect(await lost(tap, /enqueue_one/, () => bus.jobs.enqueue(later, { payload: 'x', delayMs: 50, priority: 3 }))).toBe('connection')
       expect(await jobsOf(later)).toBe(1)
     }))
 
@@ -339,7 +337,7 @@ describe.concurrent('the answer to what hands out is lost', () => {
   test('K5 lease: connection; nobody has it twice, it is free when its ttl is over, and the next fence is higher', () =>
     tapped(async ({ tap, bus }) => {
       const bucket = fresh()
-      expect(await lost(tap, /insert into .*kv_leases/s, () => bus.kv.lease(bucket, 'k', 2_500))).toBe('connection')
+      expect(await lost(tap, /take_lease/, () => bus.kv.lease(bucket, 'k', 2_500))).toBe('connection')
       expect(await outcome(direct.kv.lease(bucket, 'k', 1_000))).toBe('lease_held')
       const { rows } = await observer.query(`select fence::int from ${schema}.kv_leases where bucket = $1`, [bucket])
       const lease = await bus.kv.lease(bucket, 'k', LONG_MS, { waitMs: 20_000 })
@@ -350,7 +348,7 @@ describe.concurrent('the answer to what hands out is lost', () => {
   test('K5 heartbeat of a lease: connection; the repeat succeeds, and it was not lost', () =>
     tapped(async ({ tap, bus }) => {
       const lease = await bus.kv.lease(fresh(), 'k', LONG_MS)
-      expect(await lost(tap, /with mine as materialized/, () => lease.heartbeat())).toBe('connection')
+      expect(await lost(tap, /extend_lease/, () => lease.heartbeat())).toBe('connection')
       expect(lease.signal.aborted).toBe(false)
       await lease.heartbeat()
       await lease.release()
@@ -360,7 +358,7 @@ describe.concurrent('the answer to what hands out is lost', () => {
     tapped(async ({ tap, bus }) => {
       const bucket = fresh()
       const lease = await bus.kv.lease(bucket, 'k', LONG_MS)
-      expect(await lost(tap, /'-infinity'/, () => lease.release())).toBe('connection')
+      expect(await lost(tap, /release_lease/, () => lease.release())).toBe('connection')
       const next = await direct.kv.lease(bucket, 'k', LONG_MS)
       await lease.release()
       await next.heartbeat()
@@ -371,7 +369,7 @@ describe.concurrent('the answer to what hands out is lost', () => {
     tapped(async ({ tap, bus }) => {
       const bucket = fresh()
       const lease = await bus.kv.lease(bucket, 'k', LONG_MS)
-      const broken = tap.breakRequest(/'-infinity'/)
+      const broken = tap.breakRequest(/release_lease/)
       expect(await outcome(lease.release())).toBe('connection')
       await broken
       expect(await outcome(direct.kv.lease(bucket, 'k', LONG_MS))).toBe('lease_held')
@@ -394,11 +392,11 @@ describe.concurrent('the answer to what hands out is lost', () => {
         handled++
         return payload
       })
-      const executed = tap.loseAnswer(/replies/)
+      const executed = tap.loseAnswer(/reply_to_request/)
       expect(text(await direct.requestReply.request(subject, 'r', { timeoutMs: 15_000 }))).toBe('r')
       await executed
       expect(handled).toBe(1)
-      const sent = tap.loseAnswer(/klieo_|requests/)
+      const sent = tap.loseAnswer(/send_request/)
       const result = await outcome(bus.requestReply.request(subject, 's', { timeoutMs: 15_000 }))
       await sent
       expect(['ok', 'connection']).toContain(result)
