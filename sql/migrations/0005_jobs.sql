@@ -48,7 +48,8 @@ begin
     return;
   end if;
 
-  v_ids := array(select nextval('klieo.job_id') from generate_series(1, cardinality(enqueue_many.starts)));
+  -- For each queue, as the records below: a record without an id would count as deleted, for ever.
+  v_ids := array(select nextval('klieo.job_id') from generate_series(1, cardinality(enqueue_many.queues)));
   loop
     -- The record is written before the job and in its transaction. Sorted, so that two batches do not deadlock; a key
     -- whose enqueuer has not committed yet is waited for.
