@@ -117,7 +117,7 @@ describe('before Postgres itself', () => {
       [id, 1],
       [expect.anything(), 1],
     ])
-    expect(await value(`klieo.heartbeat_job(${id}, '${jobs[0]?.token}', 60000)`)).toBeInstanceOf(Date)
+    expect(await call(`select extended from klieo.heartbeat_job(${id}, '${jobs[0]?.token}', 60000)`)).toEqual([{ extended: true }])
     expect(await value(`klieo.dead_letter_jobs(array[${id}]::bigint[], array['${jobs[0]?.token}']::uuid[], array['no'])`)).toBe(id)
     expect(await value(`klieo.retry_dead('q')`)).toBe('1')
     expect(await value(`klieo.ack_job(${jobs[1]?.id}, '${jobs[1]?.token}')`)).toBe(true)

@@ -171,7 +171,7 @@ describe('payloads', () => {
       expect((error as { detail?: string }).detail, call).toBeUndefined()
     }
     await expect(
-      owner.query(`insert into ${schema}.messages (subject, payload) values ('a', convert_to(repeat('x', 300 * 1024 * 1024), 'UTF8'))`),
+      owner.query(`insert into ${schema}.messages (subject, payload) values ('a', convert_to(repeat('x', 9 * 1024 * 1024), 'UTF8'))`),
     ).rejects.toMatchObject({ code: '23514' })
   }, 90_000)
 })
