@@ -256,7 +256,8 @@ export function requestReplyTests<Tx>(suite: Suite<Tx>): void {
         if (text(payload) === 'first') await first.opened
         return `reply to ${text(payload)}`
       })
-      await rejects(bus.requestReply.request(subject, 'first', { timeoutMs: 300 }), 'timeout')
+      // Long enough for it to have been started, on a busy machine too.
+      await rejects(bus.requestReply.request(subject, 'first', { timeoutMs: 2_000 }), 'timeout')
       const second = bus.requestReply.request(subject, 'second', AMPLE)
       first.open()
       sameBytes(await second, 'reply to second')
