@@ -2472,10 +2472,18 @@ declare
   v_uncounted bigint[] := array(
     select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted and u.id = any(v_mine));
   v_counted bigint[] := array(select m.id from unnest(v_mine) as m(id) where m.id <> all (v_uncounted));
+  v_ended bigint[];
 begin
-  update klieo.jobs j
-  set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
-  where j.id = any(v_counted);
+  with given as (
+    update klieo.jobs j
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    where j.id = any(v_counted)
+    returning j.id, j.attempts >= j.max_attempts as ended
+  )
+  select array_agg(given.id) filter (where given.ended) into v_ended from given;
+  if v_ended is not null then
+    perform klieo.bury_jobs(v_ended, null);
+  end if;
   -- As if nobody had claimed it: it keeps its place in the queue, which may lie below a head.
   if v_uncounted <> '{}' then
     update klieo.jobs j
@@ -3422,7 +3430,7 @@ comment on function klieo.register_responders(process integer, filters text[], a
 
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
-comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
+comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once; one whose attempts are used up is dead. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 comment on function klieo.release_lease(bucket text, key text, token uuid) is 'Ends a lease of the token''s bearer.';
 

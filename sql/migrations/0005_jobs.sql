@@ -657,10 +657,18 @@ declare
   v_uncounted bigint[] := array(
     select u.id from unnest(release_jobs.ids, release_jobs.counted) as u(id, counted) where not u.counted and u.id = any(v_mine));
   v_counted bigint[] := array(select m.id from unnest(v_mine) as m(id) where m.id <> all (v_uncounted));
+  v_ended bigint[];
 begin
-  update klieo.jobs j
-  set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
-  where j.id = any(v_counted);
+  with given as (
+    update klieo.jobs j
+    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    where j.id = any(v_counted)
+    returning j.id, j.attempts >= j.max_attempts as ended
+  )
+  select array_agg(given.id) filter (where given.ended) into v_ended from given;
+  if v_ended is not null then
+    perform klieo.bury_jobs(v_ended, null);
+  end if;
   -- As if nobody had claimed it: it keeps its place in the queue, which may lie below a head.
   if v_uncounted <> '{}' then
     update klieo.jobs j
@@ -673,7 +681,7 @@ begin
 end
 $$;
 comment on function klieo.release_jobs(bigint[], uuid[], boolean[]) is
-  'Makes claimed jobs claimable again at once. Those whose handling never began (counted is false) are as if they had not been claimed.';
+  'Makes claimed jobs claimable again at once; one whose attempts are used up is dead. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 create function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean default false) returns setof bigint
 language plpgsql security definer

@@ -231,9 +231,7 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     nak: async (claim, delayMs, error, noWait) => {
       const nak = { claim, delayMs, error }
       const done = noWait ? (await this.#nak([nak], true))[0] === true : await this.#naks.add(nak)
-      // A job that is dead now has published its dead letter.
-      if (done)
-        this.#context.ringer.ring([queueTopic(claim.queue), ...(claim.attempt >= claim.maxAttempts ? [deadLetterTopic(claim.queue)] : [])])
+      if (done) this.#ringBack(claim)
       return done
     },
     deadLetter: async (claim, reason, noWait) => {
@@ -255,8 +253,13 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
     },
     release: async (claim, counted) => {
       await this.#releases.add({ claim, counted })
-      this.#context.ringer.ring([queueTopic(claim.queue)])
+      this.#ringBack(claim)
     },
+  }
+
+  /** It is claimable again or, after its last attempt, dead: then it has published its dead letter. */
+  #ringBack({ queue, attempt, maxAttempts }: PgClaim): void {
+    this.#context.ringer.ring([queueTopic(queue), ...(attempt >= maxAttempts ? [deadLetterTopic(queue)] : [])])
   }
 
   /** Keeps nothing of the jobs but what is sent: what they hold, a hundred MiB perhaps, is free while it is under way. */
