@@ -81,3 +81,10 @@ same('J5 a record that its job has kept outlives it by what is left of the hour'
   { do: 'advance', ms: DAY_AND_HOUR_MS },
   { do: 'enqueue', bus: 0, queue: 0, job: { headers: 0, dedupKey: 0 } },
 ])
+
+same('J4 a job whose last lease is released is dead at once', [
+  { do: 'enqueue', bus: 0, queue: 0, job: { headers: 0, maxAttempts: 1 } },
+  claim,
+  { do: 'settleJob', claim: 0, how: 'release', delayMs: 0 },
+  { do: 'letters', bus: 0 },
+])

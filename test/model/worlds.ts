@@ -9,10 +9,10 @@ import { SteppedClock } from './stepped-clock.ts'
 
 /** All durations and steps of time in traces are multiples of it, so that what a trace takes in reality never decides. */
 export const GRAIN_MS = 30_000
-/** A trace that takes longer has used up some of it. */
+/** A trace that takes longer has used up some of it; with what its last step waits it is still not all of it. */
 export const TRACE_MS = GRAIN_MS / 2
-/** What must come comes; a machine may be busy. */
-const PATIENCE_MS = 20_000
+/** What must come comes: with a notification, or at the next poll within a second or so. A machine may be busy. */
+export const PATIENCE_MS = 12_000
 /** Timers for less than this are polls, and no events of a trace. */
 const SHORTEST_EVENT_MS = 5_000
 
@@ -86,9 +86,9 @@ export class PostgresStage {
     return new PostgresStage(pool, schema, await ServerTime.of(pool, schema))
   }
 
-  async world(): Promise<PostgresWorld> {
+  async world(patienceMs = PATIENCE_MS): Promise<PostgresWorld> {
     await this.time.empty()
-    return new PostgresWorld(this)
+    return new PostgresWorld(this, patienceMs)
   }
 
   async close(): Promise<void> {
@@ -103,9 +103,13 @@ export class PostgresWorld implements World {
   readonly name = 'postgres'
   readonly #stage: PostgresStage
   readonly #clock = new SteppedClock()
+  readonly #patienceMs: number
+  /** Something that was expected did not come. */
+  gaveUp = false
 
-  constructor(stage: PostgresStage) {
+  constructor(stage: PostgresStage, patienceMs: number) {
     this.#stage = stage
+    this.#patienceMs = patienceMs
   }
 
   async open(): Promise<AnyBus> {
@@ -152,8 +156,11 @@ export class PostgresWorld implements World {
   }
 
   async until(condition: () => boolean, expected: boolean): Promise<boolean> {
-    if (!expected) await this.rest()
-    for (const end = performance.now() + PATIENCE_MS; expected && !condition() && performance.now() < end; ) await sleep(1)
+    // Once something is missing, nothing else is worth a wait.
+    const waits = expected && !this.gaveUp
+    if (!waits) await this.rest()
+    for (const end = performance.now() + this.#patienceMs; waits && !condition() && performance.now() < end; ) await sleep(1)
+    if (expected && !condition()) this.gaveUp = true
     return condition()
   }
 }
