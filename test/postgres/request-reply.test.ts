@@ -282,13 +282,13 @@ describe('what reaches whom', () => {
       return (rows[0] as { idle: boolean }).idle
     })
     relay.holdAnswers()
-    const late = outcome(bus.requestReply.request(subject, 'late', { timeoutMs: 1_500 }))
+    const late = outcome(bus.requestReply.request(subject, 'late', { timeoutMs: 5_000 }))
     await eventually(
       async () => {
         const { rowCount } = await observer.query(`select from ${schema}.requests where subject = $1 and claimed_by is not null`, [subject])
         return rowCount === 1
       },
-      { timeoutMs: 1_500, everyMs: 5, what: 'the claim' },
+      { timeoutMs: 5_000, everyMs: 5, what: 'the claim' },
     )
     expect(await late).toBe('timeout')
     relay.thaw()
