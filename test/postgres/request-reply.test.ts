@@ -264,9 +264,14 @@ describe('what reaches whom', () => {
     const subject = freshSubject()
     await using relay = await Relay.start(connectionString)
     const handled: string[] = []
+    // One connection: a second claim could be waiting for a new one, whose answers would be held, too.
+    const pool = new pg.Pool({ connectionString: named(relay.connectionString, 'rr held'), max: 1 })
+    await using stack = new AsyncDisposableStack()
+    stack.defer(() => pool.end())
     await using responding = await PostgresBus.connect({
       ...options,
-      connectionString: named(relay.connectionString, 'rr held'),
+      connectionString: undefined,
+      pool,
       listenConnectionString: connectionString,
       pollIntervalMs: NEVER_MS,
     })
@@ -277,7 +282,7 @@ describe('what reaches whom', () => {
     expect(text(await bus.requestReply.request(subject, 'warm', { timeoutMs: 5_000 }))).toBe('warm')
     await eventually(async () => {
       const { rows } = await observer.query(
-        `select bool_and(state = 'idle' and state_change < clock_timestamp() - interval '50 ms') as idle from pg_stat_activity where application_name = 'rr held'`,
+        `select bool_and(state = 'idle' and state_change < clock_timestamp() - interval '300 ms') as idle from pg_stat_activity where application_name = 'rr held'`,
       )
       return (rows[0] as { idle: boolean }).idle
     })
