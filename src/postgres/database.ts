@@ -190,13 +190,13 @@ export class Database {
   async close(): Promise<void> {
     if (this.#closed) return
     this.#closed = true
-    this.pool.off('error', this.#onPoolError)
     await this.#idle()
     if (!this.#ownsPool) {
+      this.pool.off('error', this.#onPoolError)
       this.#sockets.cut()
       return this.#abandon()
     }
-    this.pool.on('error', () => {})
+    // An own pool is listened to for good: its connections may break until the last goodbye, and an error that nobody hears ends the process.
     const ended = this.pool.end()
     // A statement that waits for somebody's lock, or a goodbye to a server that does not answer, must not hold up the end.
     const timer = setTimeout(() => {

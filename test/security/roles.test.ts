@@ -214,7 +214,8 @@ describe('a worker', () => {
     expect(await closing.jobs.claimMany(queue, 'w', TTL_MS, { limit: 5 })).toHaveLength(2)
     await closing.close()
     const left = await stage.rows<{ state: string }>('select state from klieo.job_details where queue = $1 order by state', [queue])
-    expect(left.map(({ state }) => state)).toEqual(['dead', 'ready', 'ready'])
+    // One was in its last attempt.
+    expect(left.map(({ state }) => state)).toEqual(['dead', 'dead', 'ready'])
   })
 
   test('uses keys, watches and leases', async () => {
