@@ -122,7 +122,7 @@ export class Database {
   /** An own statement, in a transaction of its own. `text` names the schema `klieo`. */
   async query<R extends Row = Row>(text: string, values: Values, doing: string): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
-    if (this.#mayHaveMissedAnExchange()) await this.#look()
+    if (this.#mayHaveMissedAnExchange()) await this.#look(doing)
     for (let tries = 1; ; tries++) {
       try {
         return await this.#send<R>(text, values, doing)
@@ -141,7 +141,7 @@ export class Database {
     if (this.#closed) throw closedError('the bus')
     const sql = this.#statement(text).text
     try {
-      if (this.#mayHaveMissedAnExchange()) await this.#lookFor(tx)
+      if (this.#mayHaveMissedAnExchange()) await this.#lookFor(tx, doing)
       return await this.#sendIn<R>(tx, sql, values)
     } catch (error) {
       throw this.#toBusError(error, doing, undefined)
@@ -338,27 +338,32 @@ export class Database {
   }
 
   /** For a statement of our own, on the pool that it will use itself. */
-  #look(): Promise<void> {
+  async #look(doing: string): Promise<void> {
     this.#looking ??= this.#lookOnce(async () => {
       const [row] = await this.#send<{ restored: boolean }>('select klieo.restored() as restored', [], 'reconnect')
       if (row?.restored) await this.repair()
     }).finally(() => {
       this.#looking = undefined
     })
-    return this.#looking
+    try {
+      await this.#looking
+    } catch (error) {
+      throw this.#toBusError(error, doing, this.#role)
+    }
   }
 
   /**
    * For a statement in the caller's transaction, beside the pool: there it could wait for the connection that this very
    * transaction holds. Where the server has no connection to spare, in the transaction itself, which cannot repair.
    */
-  async #lookFor(tx: PostgresTx): Promise<void> {
+  async #lookFor(tx: PostgresTx, doing: string): Promise<void> {
     this.#lookingBeside ??= this.#lookOnce(() => this.#checkBeside()).finally(() => {
       this.#lookingBeside = undefined
     })
     try {
       return await this.#lookingBeside
     } catch (error) {
+      if (sqlState(error) === LACKS_A_RIGHT) throw this.#toBusError(error, doing, this.#role)
       if (!isBusError(error, 'unavailable') && !isBusError(error, 'connection')) throw error
     }
     const [row] = await this.#sendIn<{ restored: string }>(tx, this.text('select klieo.restored()::text as restored'), [])
@@ -369,12 +374,14 @@ export class Database {
     })
   }
 
+  /** A right that is lacking is told by the call that needed it, with the grant for that call. */
   async #lookOnce(look: () => Promise<void>): Promise<void> {
     try {
       await look()
       this.#suspect = false
     } catch (error) {
-      throw toBusError(error, 'look for a restored database')
+      if (sqlState(error) === LACKS_A_RIGHT && (error as pg.DatabaseError).where === undefined) throw error
+      throw this.#toBusError(error, 'look for a restored database', this.#role)
     }
   }
 
@@ -392,7 +399,9 @@ export class Database {
       const { rows } = await client.query<{ restored: boolean }>(this.text('select klieo.restored() as restored'))
       if (!rows[0]?.restored) return
       await client.query(`begin isolation level read committed read write; set local lock_timeout = '${CHECK_MS}ms'`)
-      await client.query(this.text('select klieo.rebase()'))
+      await client.query(this.text('select klieo.rebase()')).catch((error: unknown) => {
+        throw this.#toBusError(error, REPAIR, this.#role)
+      })
       await client.query('commit')
     } finally {
       await client.end().catch(() => {})

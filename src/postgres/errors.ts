@@ -1,12 +1,14 @@
 /** The one place where what Postgres and its driver throw becomes a BusError. */
 
 import { BusError, type BusErrorCode } from '../core/index.ts'
-import { grantStatement, type RoleKind } from './schema-name.ts'
+import { grantStatement, quoteIdentifier, type RoleKind } from './schema-name.ts'
 
 interface DriverError {
   readonly code?: unknown
   readonly message?: unknown
   readonly constraint?: unknown
+  /** In which function of the server it happened; none: in the statement itself. */
+  readonly where?: unknown
 }
 
 interface Verdict {
@@ -112,11 +114,25 @@ const KIND_FOR: Readonly<Record<string, RoleKind>> = {
  */
 export function toPermissionError(error: unknown, what: { doing: string; schema: string; role: string | undefined }): BusError {
   const { doing, schema, role } = what
+  // What a function does it does as its owner, whoever has called it.
+  if ((error as DriverError).where !== undefined) return toOwnersError(error, doing, schema)
   const who = role === undefined ? 'the role' : `the role "${role}"`
   const grant = grantStatement(schema, KIND_FOR[doing] ?? 'worker', role ?? '<role>')
   return new BusError(
     'permission_denied',
     `${doing}: ${who} lacks a right in schema "${schema}" (${(error as Error).message}); its owner grants what this needs with: ${grant}`,
+    { cause: withoutValues(error) },
+  )
+}
+
+/** No grant to a caller mends this. */
+function toOwnersError(error: unknown, doing: string, schema: string): BusError {
+  const grants = ['tables', 'sequences', 'functions'].map(
+    (kind) => `grant all on all ${kind} in schema ${quoteIdentifier(schema)} to <owner>`,
+  )
+  return new BusError(
+    'permission_denied',
+    `${doing}: the owner of the functions in schema "${schema}" lacks a right of its own (${(error as Error).message}); give it back, as that role or a superuser, with: ${grants.join('; ')}`,
     { cause: withoutValues(error) },
   )
 }

@@ -25,6 +25,8 @@ beforeAll(async () => {
   clock = await startClock(databaseUrl(), freshSchema())
   connectionString = clock.connectionString
   client = await session(connectionString)
+  await PostgresBus.migrate({ connectionString, schema })
+  await clock.govern(schema)
   bus = await PostgresBus.connect({ connectionString, schema, maintenance: false, pollIntervalMs: 100 })
   other = await PostgresBus.connect({ connectionString, schema, maintenance: false, pollIntervalMs: 100 })
 })

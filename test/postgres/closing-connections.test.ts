@@ -17,7 +17,7 @@ test('section 7 an idle connection that is terminated while close waits for a ca
   const listener = await eventually(
     async () => {
       const { rows } = await observer.query('select pid from pg_stat_activity where query = $1', [`LISTEN ${channelOf(schema)}`])
-      return (rows[0] as { pid: number } | undefined)?.pid
+      return (rows[0] as { pid: number } | undefined)?.pid ?? 0
     },
     { everyMs: 2, what: 'the listener' },
   )
@@ -35,7 +35,7 @@ test('section 7 an idle connection that is terminated while close waits for a ca
     const enqueued = outcome(bus.jobs.enqueue('q', { payload: 'x' }))
     await eventually(async () => (await backends(`wait_event_type = 'Lock'`)).length === 1, { what: 'the enqueue waiting for the lock' })
     await bus.kv.get('b', 'k')
-    const idle = await eventually(async () => (await backends(`state = 'idle'`)).find((pid) => pid !== listener), {
+    const idle = await eventually(async () => (await backends(`state = 'idle'`)).find((pid) => pid !== listener) ?? 0, {
       what: 'an idle connection',
     })
     const closing = bus.close()
