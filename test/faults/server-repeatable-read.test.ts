@@ -1,3 +1,0 @@
-import { conformanceWhereTheDefaultIs } from './support/server/isolation.ts'
-
-await conformanceWhereTheDefaultIs('repeatable read')
