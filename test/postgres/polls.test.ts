@@ -83,7 +83,7 @@ describe('what a session of SQL writes', () => {
     const bucket = fresh()
     await bus.kv.lease(bucket, 'k', 60_000)
     const coming = bus.kv.lease(bucket, 'k', 60_000, { waitMs: 30_000, signal: AbortSignal.timeout(PATIENCE_MS) })
-    await untilLooked('kv_leases')
+    await untilLooked('lease_left')
     await observer.query(`update ${schema}.kv_leases set expires_at = '-infinity' where bucket = $1`, [bucket])
     await (await coming).release()
   })
