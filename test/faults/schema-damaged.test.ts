@@ -280,7 +280,9 @@ describe('rights', () => {
         if (messages.length > 0) needed.push(name)
         await owner.query(`grant execute on function ${signature} to ${role}`)
       }
-      expect(needed).toEqual(expect.arrayContaining(['ack_deliveries', 'ack_job', 'enqueue_one', 'publish_many', 'take_jobs', 'take_lease']))
+      expect(needed).toEqual(
+        expect.arrayContaining(['ack_deliveries', 'ack_job', 'enqueue_one', 'publish_many', 'take_jobs', 'take_lease']),
+      )
       expect(await refusals(bus, 'in the end')).toEqual([])
     }))
 
