@@ -1,7 +1,7 @@
 /** The one place where what Postgres and its driver throw becomes a BusError. */
 
 import { BusError, type BusErrorCode } from '../core/index.ts'
-import { grantStatement, quoteIdentifier, type RoleKind } from './schema-name.ts'
+import { grantStatement, ownersGrants, type RoleKind } from './schema-name.ts'
 
 interface DriverError {
   readonly code?: unknown
@@ -127,12 +127,9 @@ export function toPermissionError(error: unknown, what: { doing: string; schema:
 
 /** No grant to a caller mends this. */
 function toOwnersError(error: unknown, doing: string, schema: string): BusError {
-  const grants = ['tables', 'sequences', 'functions'].map(
-    (kind) => `grant all on all ${kind} in schema ${quoteIdentifier(schema)} to <owner>`,
-  )
   return new BusError(
     'permission_denied',
-    `${doing}: the owner of the functions in schema "${schema}" lacks a right of its own (${(error as Error).message}); give it back, as that role or a superuser, with: ${grants.join('; ')}`,
+    `${doing}: the owner of the functions in schema "${schema}" lacks a right of its own (${(error as Error).message}); give it back, as that role or a superuser, with: ${ownersGrants(schema)}`,
     { cause: withoutValues(error) },
   )
 }

@@ -7,14 +7,19 @@
  * - For a call in a caller's transaction the process that made the call asks the server, every few milliseconds, whether
  *   that transaction has ended, and rings then.
  *
- * A ring that is lost (the process dies, the server is away) costs its listeners one poll interval.
+ * While the notification queue of the server is full, what was rung is kept and rung again. A ring that is lost (the process
+ * dies, the server is away) costs its listeners one poll interval.
  */
 
 import { isBusError } from '../core/index.ts'
 import type { Bell, Topic } from '../runtime/bell.ts'
 import type { Database } from './database.ts'
+import { isNotifyQueueFull } from './errors.ts'
 
 const GAP_MS = 5
+const QUEUE_FULL_GAP_MS = 500
+/** Beyond this many the kinds stand for the names. */
+const MOST_KEPT = 1_000
 const FIRST_LOOK_MS = 2
 const LATEST_LOOK_MS = 20
 /** A transaction that is open so long (a forgotten prepared one) is left to the poll. */
@@ -117,14 +122,19 @@ export class Ringer {
     while (this.#waiting.size > 0) {
       const topics = [...this.#waiting]
       this.#waiting.clear()
+      let gapMs = GAP_MS
       try {
         await this.#db.query(NOTIFY, [this.channel, notice(this.#instance, topics)], 'notify')
-      } catch {
-        // The listeners poll.
+      } catch (error) {
+        // Of anything else the listeners hear themselves, and look, or they poll.
+        if (!this.#closed && isNotifyQueueFull((error as Error).cause)) {
+          for (const topic of topics.length > MOST_KEPT ? kindsOf(topics) : topics) this.#waiting.add(topic)
+          gapMs = QUEUE_FULL_GAP_MS
+        }
       }
       if (this.#closed) continue
       await new Promise<void>((resolve) => {
-        const timer = setTimeout(resolve, GAP_MS)
+        const timer = setTimeout(resolve, gapMs)
         this.#endGap = () => {
           clearTimeout(timer)
           resolve()
@@ -169,8 +179,11 @@ export class Ringer {
 function notice(from: string, topics: readonly string[]): string {
   const text = JSON.stringify({ from, topics } satisfies Notice)
   if (Buffer.byteLength(text) <= MAX_PAYLOAD_BYTES) return text
-  const kinds = new Set(topics.map((topic) => `${topic.slice(0, topic.indexOf(':'))}:*`))
-  return JSON.stringify({ from, topics: [...kinds] } satisfies Notice)
+  return JSON.stringify({ from, topics: kindsOf(topics) } satisfies Notice)
+}
+
+function kindsOf(topics: readonly string[]): string[] {
+  return [...new Set(topics.map((topic) => `${topic.slice(0, topic.indexOf(':'))}:*`))]
 }
 
 /** Anybody may notify on the channel: what is not ours is passed over. */

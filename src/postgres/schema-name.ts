@@ -26,6 +26,12 @@ export function grantStatement(schema: string, kind: RoleKind, role: string): st
   return `select ${quoted}.grant_role(${quoteLiteral(kind)}, ${quoteLiteral(role)})`
 }
 
+/** What gives the owner of the schema back what it owns. */
+export function ownersGrants(schema: string): string {
+  const what = ['tables', 'sequences', 'functions']
+  return what.map((kind) => `grant all on all ${kind} in schema ${quoteIdentifier(schema)} to <owner>`).join('; ')
+}
+
 /** The kinds of roles that the schema knows: klieo.role_rights(). */
 export type RoleKind = 'producer' | 'worker' | 'reader' | 'admin'
 

@@ -1,5 +1,6 @@
 /** A listener that sleeps in a transaction fills the notification queue, which then refuses whoever notifies, in the whole cluster. */
 
+import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { type EmbeddedPostgres, startEmbeddedPostgres } from '../../src/testing/index.ts'
@@ -43,6 +44,29 @@ async function fill(): Promise<void> {
 
 async function drain(): Promise<void> {
   for (const step of ['commit', 'unlisten *']) await sleeper.query(step)
+}
+
+/** Counts the notifications that the server refuses. */
+class CountingPool extends pg.Pool {
+  refused = 0
+
+  constructor() {
+    super({ connectionString: server.connectionString })
+    const send = this.query.bind(this) as (...args: unknown[]) => Promise<unknown>
+    const counting = async (...args: unknown[]) => {
+      try {
+        return await send(...args)
+      } catch (error) {
+        if (JSON.stringify(args[0]).includes('pg_notify')) this.refused++
+        throw error
+      }
+    }
+    Object.assign(this, { query: counting })
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.end()
+  }
 }
 
 const connect = (pollIntervalMs: number) =>
@@ -93,6 +117,31 @@ describe('a full notification queue', () => {
     } finally {
       await drain()
     }
+  })
+
+  test('P14 what was rung while it was full wakes once it is drained, without a poll', async () => {
+    await using pool = new CountingPool()
+    await using bus = await PostgresBus.connect({ pool, maintenance: false })
+    await using other = await connect(NO_POLL_MS)
+    await using stream = await other.pubsub.subscribe('kept', 'kept')
+    const message = new Taker(stream).expect(SOON_MS)
+    await using watch = await other.kv.watch('kept', undefined, { updatesOnly: true })
+    const change = watch[Symbol.asyncIterator]().next()
+    const claim = other.jobs.claim('kept', 'w', 60_000, { waitMs: 20_000 })
+    await fill()
+    try {
+      await bus.pubsub.publish('kept', 'message')
+      await bus.kv.put('kept', 'k', 'v')
+      await bus.jobs.enqueue('kept', { payload: 'job' })
+      // So the first ring of each is over and was in vain.
+      const sofar = pool.refused
+      await eventually(() => pool.refused > sofar + 2, { timeoutMs: SOON_MS, what: 'notifications that are refused' })
+    } finally {
+      await drain()
+    }
+    expect(text((await message).payload)).toBe('message')
+    expect((await change).value).toMatchObject({ operation: 'put' })
+    expect(text((await claim)!.payload)).toBe('job')
   })
 
   test('P14 once it is drained everything wakes again, without a poll', async () => {

@@ -169,7 +169,8 @@ for (const { name, open } of backends) {
         seen.jobs,
         queue,
         async () => {
-          await new Promise((resolve) => setTimeout(resolve, 100))
+          // Long beside a claim on a busy machine, too.
+          await new Promise((resolve) => setTimeout(resolve, 500))
           ended++
         },
         { concurrency: 4 },
