@@ -199,11 +199,11 @@ export function deliveryTests<Tx>(suite: Suite<Tx>): void {
       const [bus, other] = [await stage.open(), await stage.open()]
       const subject = unique('p')
       const durable = unique('d')
-      const { next, nothing } = await stage.subscribe(bus, subject, durable, { ackWaitMs: 300, maxDeliver: 3 })
+      const { next, nothing } = await stage.subscribe(bus, subject, durable, { ackWaitMs: 1_000, maxDeliver: 3 })
       const letters = await stage.subscribe(other, `${durable}.dlq`, unique('d'))
       const { seq } = await bus.pubsub.publish(subject, Uint8Array.of(0, 255), { headers: { mine: 'yes', empty: '' } })
       for (const attempt of [1, 2, 3]) assert.equal((await next()).attempt, attempt)
-      const [letter] = await Promise.all([letters.next(), nothing(300 + QUIET_MS)])
+      const [letter] = await Promise.all([letters.next(), nothing(1_000 + QUIET_MS)])
       assert.equal(letter.subject, `${durable}.dlq`)
       assert.deepEqual([...letter.payload], [0, 255])
       const { dlq_reason, ...headers } = letter.headers
@@ -282,7 +282,7 @@ export function deliveryTests<Tx>(suite: Suite<Tx>): void {
     suite.where('strictFencing', 'P7 a refused ack leaves the message to be redelivered if the newer holder fails', async (stage) => {
       const bus = await stage.open()
       const subject = unique('p')
-      const { next } = await stage.subscribe(bus, subject, unique('d'), { ackWaitMs: 300 })
+      const { next } = await stage.subscribe(bus, subject, unique('d'), { ackWaitMs: 1_000 })
       await bus.pubsub.publish(subject, 'x')
       const first = await next()
       assert.equal((await next()).attempt, 2)
