@@ -660,8 +660,10 @@ declare
   v_ended bigint[];
 begin
   with given as (
+    -- Where the last lease is over already, it died of that, as if it had been reaped a moment before.
     update klieo.jobs j
-    set token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    set token = case when j.attempts >= j.max_attempts and j.visible_at <= clock_timestamp() then j.token end,
+      run_at = clock_timestamp(), visible_at = clock_timestamp()
     where j.id = any(v_counted)
     returning j.id, j.attempts >= j.max_attempts as ended
   )

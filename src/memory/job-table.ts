@@ -173,8 +173,11 @@ export class JobTable {
       row.attempts--
       this.#alarms.clear(row.alarm)
     }
+    const now = this.#clock.now()
+    // Died of a lease that was over already, as if its alarm had come a moment before.
+    if (counted && row.attempts >= row.maxAttempts && row.visibleAt <= now) this.#bury(row)
     // As if nobody had claimed it, it keeps its place.
-    if (counted) this.#giveBack(row, this.#clock.now(), ++this.#lastOrder)
+    else if (counted) this.#giveBack(row, now, ++this.#lastOrder)
     else this.#giveBack(row, row.dueAt, row.dueOrder)
   }
 

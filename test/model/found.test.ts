@@ -88,3 +88,10 @@ same('J4 a job whose last lease is released is dead at once', [
   { do: 'settleJob', claim: 0, how: 'release', delayMs: 0 },
   { do: 'letters', bus: 0 },
 ])
+
+same('J4 a job whose last lease has run out when it is released died of that', [
+  { do: 'enqueue', bus: 0, queue: 0, job: { headers: 0, maxAttempts: 1 } },
+  { ...claim, ttlMs: 0 },
+  { do: 'settleJob', claim: 0, how: 'release', delayMs: 0 },
+  { do: 'letters', bus: 0 },
+])
