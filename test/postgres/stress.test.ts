@@ -38,7 +38,7 @@ beforeAll(async () => {
     create table plain_acks (message text not null);
     create table handed_out (n bigserial primary key, consumer_id int not null, seq bigint not null);
     create function note_first_delivery() returns trigger language plpgsql as $$
-      begin insert into handed_out (consumer_id, seq) values (new.consumer_id, new.seq); return null; end $$;
+      begin insert into public.handed_out (consumer_id, seq) values (new.consumer_id, new.seq); return null; end $$;
     create trigger note_first_delivery after insert on klieo.deliveries for each row execute function note_first_delivery();
   `)
   for (const durable of ['exactly', 'plainly']) await (await bus.pubsub.subscribe(SUBJECT, durable)).close()
