@@ -111,6 +111,8 @@ export class Presence {
       } catch (error) {
         live.reject(toBusError(error, 'respond'))
       }
+      // Closed before it counted as live.
+      if (this.#closed) live.reject(closedError('the bus'))
       this.#live = pending()
       if (this.#closed) break
       await this.#pause(reconnectDelayMs(++failures))

@@ -120,6 +120,28 @@ describe('who is live', () => {
     }
   })
 
+  test('close: a respond that waits to count as live rejects with closed', async () => {
+    await using caller = await session(connectionString)
+    const fresh = await PostgresBus.connect(options)
+    const { rows } = await caller.query(`select ${schema}.new_instance() as id`)
+    const next = (rows[0] as { id: number }).id + 1
+    // As if somebody were just looking whether it lives, for long.
+    await caller.query(`select pg_advisory_lock_shared(${schema}.presence_class(), $1)`, [next])
+    const responding = outcome(fresh.requestReply.respond(freshSubject(), () => 'never'))
+    await eventually(
+      async () => {
+        const waiting = await observer.query(`select 1 from pg_locks where locktype = 'advisory' and objid = $1 and not granted`, [next])
+        expect(waiting.rows.length).toBe(1)
+      },
+      { what: 'a session that waits for its lock' },
+    )
+    await fresh.close()
+    const late = deferred()
+    const timer = setTimeout(late.resolve, 5_000)
+    expect(await Promise.race([responding, late.promise.then(() => 'it is never answered')])).toBe('closed')
+    clearTimeout(timer)
+  })
+
   test('R2 R4 its presence session is terminated: it is found again, and stays so', async () => {
     const subject = freshSubject()
     await using responding = await PostgresBus.connect({ ...options, connectionString: named(connectionString, 'rr presence') })
