@@ -207,6 +207,15 @@ describe('jobs are claimed', () => {
     record.settleJob('jobAck', '7', 2, 1_200, 1_201)
   })
 
+  caught('J6 a heartbeat that meets an ack in a transaction on its way extends nothing', 'jobs: leases', (record, breaks) => {
+    claimed(record)
+    record.settleJob('jobHeartbeat', '7', 1, 700, breaks ? 749 : 800)
+    record.settleJob('jobAck', '7', 1, 750, 751, { ok: true }, { tx: 't' })
+    record.call({ do: 'rollback', tx: 't' }, 900, 901)
+    record.claimed('7', 'j1', 2, 1_100, 1_101)
+    record.settleJob('jobAck', '7', 2, 1_200, 1_201)
+  })
+
   caught('J4 a claim before the delay of a nak is over', 'jobs: leases', (record, breaks) => {
     claimed(record)
     record.settleJob('jobNak', '7', 1, 12, 13, { ok: true }, { delayMs: breaks ? 500 : 400 })

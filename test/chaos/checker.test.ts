@@ -375,6 +375,21 @@ describe('redeliveries come in time', () => {
       record.settle('ack', 1, 2, 1_101, 1_102)
     },
   )
+
+  caught(
+    'P7 an extend that meets an ack in a transaction on its way extends nothing',
+    'deliveries: not before the ack wait is over',
+    (record, breaks) => {
+      record.durable('d', 'shop.>')
+      record.published(1, 'm1', 0, 1)
+      record.delivered(1, 'm1', 1, 10)
+      record.settle('extend', 1, 1, 700, breaks ? 749 : 800)
+      record.settle('ack', 1, 1, 750, 751, { ok: true }, { tx: 't' })
+      record.call({ do: 'rollback', tx: 't' }, 900, 901)
+      record.delivered(1, 'm1', 2, 1_100)
+      record.settle('ack', 1, 2, 1_101, 1_102)
+    },
+  )
 })
 
 describe('order', () => {

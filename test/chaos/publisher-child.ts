@@ -123,15 +123,16 @@ class Publisher {
     if (orders === this.#orders) this.#orders = new Orders(`${member.name}.${this.#name}#${++this.#generation}`)
   }
 
-  #message(subject: string, more: { msgId?: string; tx?: string } = {}, after = this.#orders.after(subject)): Publish {
-    const { publisher } = this.#orders
-    return { do: 'publish', id: member.id(), subject, publisher, order: this.#orders.take(subject), after, ...more }
+  /** @param orders those of when its transaction began: they may have ended meanwhile */
+  #message(subject: string, more: { msgId?: string; tx?: string } = {}, orders = this.#orders, after = orders.after(subject)): Publish {
+    const { publisher } = orders
+    return { do: 'publish', id: member.id(), subject, publisher, order: orders.take(subject), after, ...more }
   }
 
   /** Of one call: none of them is before another by having resolved first. */
   #messages(subjects: readonly string[]): Publish[] {
     const after = new Map(subjects.map((subject) => [subject, this.#orders.after(subject)]))
-    return subjects.map((subject) => this.#message(subject, {}, after.get(subject)))
+    return subjects.map((subject) => this.#message(subject, {}, this.#orders, after.get(subject)))
   }
 
   async #publish(messages: readonly Publish[]): Promise<void> {
@@ -232,7 +233,7 @@ class Publisher {
     const messages: Publish[] = []
     const publish = async (tx: string) => {
       const { subject, msgId } = this.#dice.chance(0.15) ? this.#repeatable() : { subject: this.#dice.pick(SUBJECTS), msgId: undefined }
-      const message = this.#message(subject, { tx, ...(msgId === undefined ? {} : { msgId }) }, after.get(subject))
+      const message = this.#message(subject, { tx, ...(msgId === undefined ? {} : { msgId }) }, orders, after.get(subject))
       messages.push(message)
       await this.#publishIn(transaction, message)
     }

@@ -10,7 +10,7 @@
  *   - where the stream holds one message at a time, it is not before it was asked for (`handedOutAfter`).
  * The ack wait is over no earlier than that moment plus `ackWaitMs`, nor than the call of the last extend that succeeded plus
  * `ackWaitMs`: an extend sets the timeout from when it arrives and never shortens it. An extend while an ack in an open transaction
- * holds the message extends nothing; so none counts after such an ack was called.
+ * holds the message extends nothing; so none counts that had not been answered when such an ack was called.
  * A nak gives it back, unless it was refused; so may the close of the bus that holds it; a delivery that another one of the same
  * durable missed in between (it was handed out and never yielded) only makes the bound too low.
  *
@@ -65,7 +65,7 @@ function freeAfter(pair: Pair, { entry, process }: Yield, handedOut: number): { 
   const mine = pair.settles.filter(({ call }) => call.attempt === entry.attempt)
   let at = handedOut + entry.ackWaitMs * MS
   const acked = Math.min(...mine.filter(({ call }) => call.do === 'ack' && call.tx !== undefined).map((op) => op.at))
-  for (const op of mine) if (op.ok && op.call.do === 'extend' && op.at < acked) at = Math.max(at, op.at + entry.ackWaitMs * MS)
+  for (const op of mine) if (op.ok && op.call.do === 'extend' && op.end < acked) at = Math.max(at, op.at + entry.ackWaitMs * MS)
   const naks = mine.filter((op) => op.call.do === 'nak' && !isRefusal(op))
   for (const op of naks) {
     if (op.ok) return { at: Math.max(handedOut, op.at + (op.call.delayMs ?? 0) * MS), held: false }

@@ -150,7 +150,7 @@ function freeAfter(life: JobLife, grant: Grant, since: number): number {
   const mine = settlesOf(life, grant)
   let at = since + grant.claim.call.ttlMs * MS
   const acked = Math.min(...mine.filter(({ call }) => call.do === 'jobAck' && call.tx !== undefined).map((op) => op.at))
-  for (const op of mine) if (op.ok && op.call.do === 'jobHeartbeat' && op.at < acked) at = Math.max(at, op.at + op.call.ttlMs * MS)
+  for (const op of mine) if (op.ok && op.call.do === 'jobHeartbeat' && op.end < acked) at = Math.max(at, op.at + op.call.ttlMs * MS)
   for (const op of mine) {
     if (op.call.do !== 'jobNak' || isRefusal(op)) continue
     if (op.ok) return Math.max(since, op.at + (op.call.delayMs ?? 0) * MS)
