@@ -64,16 +64,17 @@ export function checkJob(job: Job, maxPayloadBytes: number): CheckedJob {
   if (dedupKey !== undefined) checkId('dedupKey', dedupKey)
   checkInteger('maxAttempts', maxAttempts, 1, MAX_MAX_ATTEMPTS)
   if (delayMs !== undefined) checkDuration('delayMs', delayMs)
-  if (runAt !== undefined) checkDate('runAt', runAt)
+  const due = runAt === undefined ? undefined : checkDate('runAt', runAt)
   if (delayMs !== undefined && runAt !== undefined) throw invalid('runAt', runAt, 'must not be given together with delayMs')
   checkInteger('priority', priority, -100, 100)
-  // A Date of the caller's may change, or have a method of its own, before it is sent.
-  return { payload, headers, dedupKey, maxAttempts, delayMs, runAt: runAt && new Date(+runAt), priority }
+  return { payload, headers, dedupKey, maxAttempts, delayMs, runAt: due, priority }
 }
 
 /** Checks each element; what is refused is named by its place. */
 export function checkEach<I, O>(argument: string, items: readonly I[], check: (item: I) => O): O[] {
-  return reading(argument, items, () => [...items]).map((item, index) => {
+  // By their places: the caller's iterator may be another one, or never end.
+  const copy = () => Array.from({ length: Math.min(items.length, MAX_BATCH) }, (_, index) => items[index] as I)
+  return reading(argument, items, copy).map((item, index) => {
     try {
       return check(item)
     } catch (error) {
@@ -119,9 +120,7 @@ function startOf(start: unknown): CheckedSubscription['start'] {
   if (start === 'all' || start === 'new') return start
   if (typeof start === 'object' && start !== null && 'seq' in start !== 'time' in start) {
     if ('time' in start) {
-      const { time } = start
-      checkDate('start.time', time)
-      return { time: new Date(+time) }
+      return { time: checkDate('start.time', start.time) }
     }
     const { seq } = start as { readonly seq: unknown }
     checkInteger('start.seq', seq, 0, Number.MAX_SAFE_INTEGER)

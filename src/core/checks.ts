@@ -89,10 +89,14 @@ export function checkDuration(argument: string, value: unknown, least = 0, most 
   checkInteger(argument, value, least, most)
 }
 
-export function checkDate(argument: string, value: unknown): asserts value is Date {
+/** @returns a copy: a Date of the caller's may change before it is sent, or have methods of its own */
+export function checkDate(argument: string, value: unknown): Date {
+  const copy = reading(argument, value, () => (value instanceof Date ? new Date(Date.prototype.getTime.call(value)) : undefined))
   // Postgres ends at the year 294276, JavaScript at 275760: whatever a Date holds fits, but for the far past.
-  const valid = () => value instanceof Date && !Number.isNaN(value.getTime()) && value.getUTCFullYear() >= -4712
-  if (!reading(argument, value, valid)) throw invalid(argument, value, 'must be a valid Date')
+  if (copy === undefined || Number.isNaN(copy.getTime()) || copy.getUTCFullYear() < -4712) {
+    throw invalid(argument, value, 'must be a valid Date')
+  }
+  return copy
 }
 
 export function checkRevision(argument: string, value: unknown): asserts value is number {

@@ -84,9 +84,7 @@ export class MemoryJobs implements JobQueue {
   }
 
   #check(job: Job): CheckedJob {
-    const checked = checkJob(job, this.#context.maxPayloadBytes)
-    // The caller's Date may change before the turn comes.
-    return checked.runAt === undefined ? checked : { ...checked, runAt: new Date(checked.runAt) }
+    return checkJob(job, this.#context.maxPayloadBytes)
   }
 
   async #enqueue(queue: string, jobs: readonly CheckedJob[]): Promise<JobId[]> {

@@ -103,12 +103,12 @@ export class Worker<Tx = never> implements AsyncDisposable {
     this.#loop = this.#claimLoop()
   }
 
-  /** Claims no more, lets running handlers end, naks the rest. Idempotent; never rejects. */
-  stop(options: StopOptions = {}): Promise<void> {
+  /** Claims no more, lets running handlers end, naks the rest. Idempotent. @throws invalid_argument, and then it has not stopped */
+  async stop(options: StopOptions = {}): Promise<void> {
     const { graceMs = 30_000 } = optionsOf(options, ['graceMs'])
     checkDuration('graceMs', graceMs)
     this.#stopped ??= this.#stop(graceMs)
-    return this.#stopped
+    await this.#stopped
   }
 
   [Symbol.asyncDispose](): Promise<void> {
