@@ -61,6 +61,21 @@ const parsers: Readonly<Record<number, (text: string) => unknown>> = {
 }
 const types = { getTypeParser: (oid: number) => parsers[oid] ?? ((text: string) => text) }
 
+/** What a statement answers in any case, so that an object that is no transaction is not taken for one. */
+interface Expected {
+  readonly rows: number
+  readonly columns: readonly string[]
+}
+
+function checkAnswer(rows: readonly Row[], { rows: count, columns }: Expected): void {
+  if (rows.length !== count || !rows.every((row) => columns.every((column) => row[column] !== undefined))) {
+    throw new BusError(
+      'invalid_argument',
+      `tx: its query() must resolve to what the server answers: ${count} row(s) with the columns ${columns.join(', ')}`,
+    )
+  }
+}
+
 export class Database {
   readonly pool: pg.Pool
   readonly schema: string
@@ -137,12 +152,20 @@ export class Database {
   }
 
   /** A statement in the caller's transaction. Nothing is repeated there. */
-  async queryIn<R extends Row = Row>(tx: PostgresTx, text: string, values: readonly unknown[], doing: string): Promise<R[]> {
+  async queryIn<R extends Row = Row>(
+    tx: PostgresTx,
+    text: string,
+    values: readonly unknown[],
+    doing: string,
+    expected?: Expected,
+  ): Promise<R[]> {
     if (this.#closed) throw closedError('the bus')
     const sql = this.#statement(text).text
     try {
       if (this.#mayHaveMissedAnExchange()) await this.#lookFor(tx, doing)
-      return await this.#sendIn<R>(tx, sql, values)
+      const rows = await this.#sendIn<R>(tx, sql, values)
+      if (expected) checkAnswer(rows, expected)
+      return rows
     } catch (error) {
       throw this.#toBusError(error, doing, undefined)
     }
@@ -155,8 +178,11 @@ export class Database {
   async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
     if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
     const answer = await (tx as QueryableTx).query(sql, [...values])
-    if (!Array.isArray(answer?.rows)) throw new BusError('invalid_argument', 'tx: its query() must resolve to an object with rows')
-    return answer.rows as R[]
+    const rows: unknown = answer?.rows
+    if (!Array.isArray(rows) || !rows.every((row) => typeof row === 'object' && row !== null)) {
+      throw new BusError('invalid_argument', 'tx: its query() must resolve to an object with rows, and each row must be an object')
+    }
+    return rows as R[]
   }
 
   /** A connection for statements that belong together; always given back. */

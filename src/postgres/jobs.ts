@@ -293,7 +293,10 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
   }
 
   async #enqueueIn(tx: PostgresTx, enqueues: readonly Enqueue[]): Promise<JobId[]> {
-    const rows = await this.#context.db.queryIn<EnqueueRow>(tx, ENQUEUE, enqueueParameters(enqueues), 'enqueue')
+    const rows = await this.#context.db.queryIn<EnqueueRow>(tx, ENQUEUE, enqueueParameters(enqueues), 'enqueue', {
+      rows: enqueues.length,
+      columns: ['id'],
+    })
     const xid = rows[0]?.tx
     if (xid !== undefined) this.#context.ringer.afterCommit(xid, topics(enqueues))
     return rows.map(({ id }) => id)

@@ -69,7 +69,7 @@ export class KvWrites {
   /** In the caller's transaction: waits for whoever has the key, and is told of after the commit. */
   async writeIn(tx: PostgresTx, write: Write): Promise<Written> {
     const { text, restore } = parameters([write])
-    const [row] = await this.#context.db.queryIn<WrittenRow>(tx, WRITE, text, write.doing)
+    const [row] = await this.#context.db.queryIn<WrittenRow>(tx, WRITE, text, write.doing, { rows: 1, columns: ['revisions', 'actuals'] })
     const [written] = restore(row)
     if (written?.revision != null && row?.tx != null) this.#context.ringer.afterCommit(row.tx, topics([write], [written]))
     return written as Written

@@ -272,7 +272,10 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   }
 
   async #publishIn(tx: PostgresTx, messages: readonly CheckedMessage[]): Promise<PubAck[]> {
-    const rows = await this.#context.db.queryIn<PublishRow>(tx, PUBLISH, publishParameters(messages), 'publish')
+    const rows = await this.#context.db.queryIn<PublishRow>(tx, PUBLISH, publishParameters(messages), 'publish', {
+      rows: messages.length,
+      columns: ['seq'],
+    })
     const xid = rows[0]?.tx
     if (xid !== undefined) this.#context.ringer.afterCommit(xid, topics(messages))
     return rows.map(toPubAck)

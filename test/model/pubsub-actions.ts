@@ -98,6 +98,7 @@ export const pubsubActions = {
 
   async letters(player: Player, { bus }: Do<'letters'>, _n: number, hint: Seen) {
     const { pubsub } = await player.bus(bus)
+    await player.world.maintain()
     const seen = await drain(player, pubsub.subscribe('*.dlq', 'letters', { maxInFlight: 20 } satisfies SubscribeOptions), hint)
     if (!Array.isArray(seen)) return seen
     // What ends at the same time ends in no promised order.

@@ -27,6 +27,8 @@ export interface World {
   now(): number
   /** @param waitedMs so long somebody still waits, at the most: what he waits for is found when it is there */
   advance(ms: number, waitedMs: number): Promise<void>
+  /** What is over is buried and pruned, which may be a while after it was over. */
+  maintain(): Promise<void>
   /** Nothing is under way any more. */
   rest(): Promise<void>
   /** Waits until it is so; `expected` false: only until the world has come to rest. Answers whether it is so. */
@@ -51,6 +53,10 @@ export class MemoryWorld implements World {
 
   now(): number {
     return this.#clock.date().getTime()
+  }
+
+  async maintain(): Promise<void> {
+    await this.#clock.advance(0)
   }
 
   async advance(ms: number): Promise<void> {
@@ -142,6 +148,10 @@ export class PostgresWorld implements World {
       await this.rest()
       left -= by
     }
+  }
+
+  async maintain(): Promise<void> {
+    await this.#stage.time.maintain()
   }
 
   async rest(): Promise<void> {

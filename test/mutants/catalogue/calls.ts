@@ -97,8 +97,8 @@ export const callMutants: readonly Mutant[] = [
     edits: [
       {
         file: PUBSUB,
-        find: `await this.#context.db.queryIn<PublishRow>(tx, PUBLISH, publishParameters(messages), 'publish')`,
-        replace: `await this.#context.db.query<PublishRow>(PUBLISH, publishParameters(messages), 'publish')`,
+        find: 'this.#context.db.queryIn<PublishRow>(tx, PUBLISH, ',
+        replace: 'this.#context.db.query<PublishRow>(PUBLISH, ',
       },
     ],
     files: [POSTGRES],
@@ -113,9 +113,9 @@ export const callMutants: readonly Mutant[] = [
     edits: [
       {
         file: DATABASE,
-        find: '      return await this.#sendIn<R>(tx, sql, values)\n    } catch (error) {',
+        find: '      const rows = await this.#sendIn<R>(tx, sql, values)\n',
         replace:
-          '      return await this.#sendIn<R>(tx, sql, values).catch((error: unknown) => {\n        if (isTransient(error)) return this.#sendIn<R>(tx, sql, values)\n        throw error\n      })\n    } catch (error) {',
+          '      const rows = await this.#sendIn<R>(tx, sql, values).catch((error: unknown) => {\n        if (isTransient(error)) return this.#sendIn<R>(tx, sql, values)\n        throw error\n      })\n',
       },
     ],
     files: ['test/postgres/process.test.ts'],

@@ -273,8 +273,8 @@ export const jobMutants: readonly Mutant[] = [
     edits: [
       {
         file: JOBS,
-        find: `await this.#context.db.queryIn<EnqueueRow>(tx, ENQUEUE, enqueueParameters(enqueues), 'enqueue')`,
-        replace: `await this.#context.db.query<EnqueueRow>(ENQUEUE, enqueueParameters(enqueues), 'enqueue')`,
+        find: 'this.#context.db.queryIn<EnqueueRow>(tx, ENQUEUE, ',
+        replace: 'this.#context.db.query<EnqueueRow>(ENQUEUE, ',
       },
     ],
     files: [POSTGRES],

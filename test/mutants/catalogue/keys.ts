@@ -122,8 +122,8 @@ export const keyMutants: readonly Mutant[] = [
     edits: [
       {
         file: 'src/postgres/kv-writes.ts',
-        find: 'await this.#context.db.queryIn<WrittenRow>(tx, WRITE, text, write.doing)',
-        replace: 'await this.#context.db.query<WrittenRow>(WRITE, text, write.doing)',
+        find: 'this.#context.db.queryIn<WrittenRow>(tx, WRITE, ',
+        replace: 'this.#context.db.query<WrittenRow>(WRITE, ',
       },
     ],
     files: [POSTGRES],
