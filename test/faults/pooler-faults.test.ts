@@ -1,10 +1,11 @@
 /** A bus behind PgBouncer in transaction mode: woken by a direct connection, and with prepared statements that the pooler mixes up. */
 
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { PostgresBus, type PostgresBusOptions } from '../../src/index.ts'
+import { PostgresBus, type PostgresBusOptions, Worker } from '../../src/index.ts'
 import { outcome, Taker, text } from '../postgres/support/outcome.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { type Session, session } from '../support/sessions.ts'
+import { eventually } from '../support/wait.ts'
 import { count } from './support/network/backends.ts'
 import { findPgBouncer, type Installed, PgBouncer } from './support/network/pgbouncer.ts'
 
@@ -101,6 +102,77 @@ describe.skipIf(!found)(`behind PgBouncer${found ? '' : ' (SKIPPED: pgbouncer is
           expect(await count(observer, `${schema}.jobs`)).toBe(120)
         },
         { default_pool_size: '5' },
+      ),
+  )
+
+  test(
+    'P1 P3 P12 J1 J5 it is killed, started anew and told to reconnect under load: what was answered is there once, and all goes on',
+    { timeout: 120_000 },
+    () =>
+      pooled(
+        async (pooler, connect, schema) => {
+          const [writing, reading] = await Promise.all([connect({ pollIntervalMs: 100 }), connect({ pollIntervalMs: 100 })])
+          const delivered = new Set<string>()
+          const worked: string[] = []
+          await using stream = await reading.pubsub.subscribe('killed', 'killed', { ackWaitMs: 2_000 })
+          const consuming = (async () => {
+            for await (const message of stream) {
+              delivered.add(text(message.payload))
+              await outcome(message.ack())
+            }
+          })()
+          await using worker = new Worker(reading.jobs, 'killed', async (job) => void worked.push(text(job.payload)), {
+            concurrency: 4,
+            leaseTtlMs: 2_000,
+            onError: () => {},
+          })
+          // With an id a call may be made again that may have happened.
+          const surely = async (call: () => Promise<unknown>) => {
+            await eventually(async () => expect(await outcome(call())).toBe('ok'), { timeoutMs: 40_000, everyMs: 20 })
+          }
+          const written: string[] = []
+          let failed = 0
+          let over = false
+          const writers = Array.from({ length: 6 }, async (_, who) => {
+            for (let n = 0; !over; n++) {
+              const id = `${who}-${n}`
+              const publish = () => writing.pubsub.publish('killed', id, { msgId: id })
+              const enqueue = () => writing.jobs.enqueue('killed', { payload: id, dedupKey: id, maxAttempts: 1_000 })
+              const first = await Promise.all([outcome(publish()), outcome(enqueue())])
+              if (first.some((one) => one !== 'ok')) failed++
+              await Promise.all([surely(publish), surely(enqueue)])
+              written.push(id)
+            }
+          })
+          const more = (count: number) => {
+            const until = written.length + count
+            return eventually(() => written.length >= until, { timeoutMs: 40_000, what: `${count} more` })
+          }
+          for (let round = 0; round < 2; round++) {
+            await more(60)
+            await pooler.stop()
+            await pooler.start()
+            await more(60)
+            await pooler.command('RECONNECT')
+          }
+          await more(60)
+          over = true
+          await Promise.all(writers)
+          expect(failed).toBeGreaterThan(0)
+          await eventually(
+            async () => {
+              expect(delivered.size).toBe(written.length)
+              expect(await count(observer, `${schema}.jobs`)).toBe(0)
+            },
+            { timeoutMs: 40_000, what: 'the last message and the last job' },
+          )
+          expect(await count(observer, `${schema}.messages where subject = 'killed'`)).toBe(written.length)
+          expect(new Set(worked)).toEqual(new Set(written))
+          await worker.stop()
+          await stream.close()
+          await consuming
+        },
+        { server_login_retry: '1' },
       ),
   )
 
