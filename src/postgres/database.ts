@@ -64,10 +64,13 @@ const types = { getTypeParser: (oid: number) => parsers[oid] ?? ((text: string) 
 /** What a statement answers in any case, so that an object that is no transaction is not taken for one. */
 interface Expected {
   readonly rows: number
+  /** So many, or none. */
+  readonly orNone?: boolean
   readonly columns: readonly string[]
 }
 
-function checkAnswer(rows: readonly Row[], { rows: count, columns }: Expected): void {
+function checkAnswer(rows: readonly Row[], { rows: count, orNone = false, columns }: Expected): void {
+  if (orNone && rows.length === 0) return
   if (rows.length !== count || !rows.every((row) => columns.every((column) => row[column] !== undefined))) {
     throw new BusError(
       'invalid_argument',
@@ -176,11 +179,12 @@ export class Database {
   }
 
   async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
-    if (isKysely(tx)) return (await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))).rows
-    const answer = await (tx as QueryableTx).query(sql, [...values])
-    const rows: unknown = answer?.rows
+    const answer: { readonly rows?: unknown } | undefined = isKysely(tx)
+      ? await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))
+      : await (tx as QueryableTx).query(sql, [...values])
+    const rows = answer?.rows
     if (!Array.isArray(rows) || !rows.every((row) => typeof row === 'object' && row !== null)) {
-      throw new BusError('invalid_argument', 'tx: its query() must resolve to an object with rows, and each row must be an object')
+      throw new BusError('invalid_argument', 'tx: what it executes must resolve to an object with rows, and each row must be an object')
     }
     return rows as R[]
   }
@@ -271,7 +275,7 @@ export class Database {
     const base = { ...(this.#prepare ? statement : { text: statement.text }), types, query_timeout: silentMs }
     if (typeof values === 'function' || this.#explicit) {
       const late = () => ({ ...base, values: [...(typeof values === 'function' ? values() : values)] }) as pg.QueryConfig
-      return this.#track(this.#explicit ? this.#sendExplicitly<R>(late, doing) : this.#sendLate<R>(late, doing))
+      return this.#track(this.#explicit ? this.#sendExplicitly<R>(late, doing, silentMs) : this.#sendLate<R>(late, doing))
     }
     return (await this.#track(this.pool.query<R>({ ...base, values: [...values] } as pg.QueryConfig))).rows
   }
@@ -281,16 +285,18 @@ export class Database {
     return this.withClient(async (client) => (await client.query<R>(query())).rows, doing)
   }
 
-  #sendExplicitly<R extends Row>(query: () => pg.QueryConfig, doing: string): Promise<R[]> {
+  #sendExplicitly<R extends Row>(query: () => pg.QueryConfig, doing: string, silentMs: number): Promise<R[]> {
     return this.withClient(async (client) => {
-      await client.query('begin isolation level read committed read write')
+      const send = (text: string) => client.query({ text, query_timeout: silentMs } as pg.QueryConfig)
+      await send('begin isolation level read committed read write')
       try {
-        await client.query('set local synchronous_commit = on')
+        await send('set local synchronous_commit = on')
         const { rows } = await client.query<R>(query())
-        await client.query('commit')
+        await send('commit')
         return rows
       } catch (error) {
-        await client.query('rollback').catch(() => {})
+        // Where the server has said nothing, a rollback would wait behind what it has not answered: the connection is thrown away.
+        if (sqlState(error) !== undefined) await send('rollback').catch(() => {})
         throw error
       }
     }, doing)

@@ -19,7 +19,7 @@ import {
   optionsOf,
   type TxOption,
 } from '../core/index.ts'
-import { jittered } from '../runtime/backoff.ts'
+import { AGAIN_AFTER_MS, jittered } from '../runtime/backoff.ts'
 import { Batcher } from '../runtime/batcher.ts'
 import type { Topic } from '../runtime/bell.ts'
 import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
@@ -252,7 +252,11 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
       return row?.whereabouts ?? 'gone'
     },
     release: async (claim, counted) => {
-      await this.#releases.add({ claim, counted })
+      // Passed over while a heartbeat of its own has it locked.
+      for (const pauseMs of [0, ...AGAIN_AFTER_MS]) {
+        if (pauseMs > 0) await new Promise((resolve) => setTimeout(resolve, pauseMs))
+        if (await this.#releases.add({ claim, counted })) break
+      }
       this.#ringBack(claim)
     },
   }
@@ -304,7 +308,8 @@ export class PostgresJobs implements JobQueue<PostgresTx> {
 
   async #ackApart(claim: PgClaim, tx: PostgresTx | undefined, noWait: boolean): Promise<boolean> {
     if (tx === undefined) return (await this.#settle(ACK_JOBS, [claim], [String(noWait)], 'ack'))[0] === true
-    return (await this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')).length > 0
+    const expected = { rows: 1, orNone: true, columns: ['id'] }
+    return (await this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack', expected)).length > 0
   }
 
   #release(releases: readonly Release[]): Promise<boolean[]> {

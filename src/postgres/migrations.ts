@@ -32,6 +32,8 @@ const LOCK_TABLE = 'migrations_lock'
 /** Any number will do, as long as nobody else uses it. */
 const LOCK_ID = 5_203_947_117_801_442n
 const MAX_TRIES = 6
+/** So long the server may say nothing. */
+const PATIENCE = { query_timeout: 30_000 }
 /**
  * Two who created the same thing at once (23505 on a catalog index, 42P06, 42P07, 42710): the other one won. And a lock that
  * was not granted in time (55P03).
@@ -148,13 +150,12 @@ export interface SchemaState {
 export async function readSchemaState(pool: pg.Pool, schema: string): Promise<SchemaState> {
   const names = migrationNames()
   try {
-    const { rows } = await pool.query<{ name: string; compatible_with: string | null }>(
-      inSchema(
-        `select m.name, (select value from klieo.meta where key = 'compatible_with') as compatible_with
-         from klieo.${MIGRATION_TABLE} m order by m.name`,
-        schema,
-      ),
+    const text = inSchema(
+      `select m.name, (select value from klieo.meta where key = 'compatible_with') as compatible_with
+       from klieo.${MIGRATION_TABLE} m order by m.name`,
+      schema,
     )
+    const { rows } = await pool.query<{ name: string; compatible_with: string | null }>({ text, ...PATIENCE } as pg.QueryConfig)
     const applied = rows.map(({ name }) => name)
     return {
       applied,
@@ -166,7 +167,8 @@ export async function readSchemaState(pool: pg.Pool, schema: string): Promise<Sc
     const state = sqlState(error)
     if (state === '42P01' || state === '3F000') return { applied: [], missing: names, unknown: [], compatibleWith: 0 }
     if (state !== LACKS_A_RIGHT) throw toBusError(error, 'read the schema version')
-    const { rows } = await pool.query<{ role: string }>('select current_user::text as role').catch(() => ({ rows: [] }))
+    const whose = { text: 'select current_user::text as role', ...PATIENCE } as pg.QueryConfig
+    const { rows } = await pool.query<{ role: string }>(whose).catch(() => ({ rows: [] }))
     throw toPermissionError(error, { doing: 'connect', schema, role: rows[0]?.role })
   }
 }

@@ -81,6 +81,8 @@ export class Presence {
     this.#filters.clear()
     if (this.#keeping) await this.#write().catch(() => {}) // the lock goes with the session
     this.#closed = true
+    // Whoever waits to count as live, and whatever the loop is at just now.
+    this.#live.reject(closedError('the bus'))
     this.#end.resolve()
     await this.#keeping
   }
@@ -136,8 +138,14 @@ export class Presence {
     const lost = Promise.withResolvers<void>()
     client.on('error', () => lost.resolve())
     client.on('end', () => lost.resolve())
+    let connecting = true
+    // A close does not wait for a connection that nobody answers.
+    void this.#end.promise.then(() => {
+      if (connecting) sockets.cut()
+    })
     try {
       await client.connect()
+      connecting = false
       await this.#takeLock(client, lost.promise)
       if (this.#closed) return
       this.#mode = 'lock'
@@ -150,6 +158,7 @@ export class Presence {
         if (!this.#closed) await Promise.race([client.query('select 1'), lost.promise, this.#late()])
       }
     } finally {
+      connecting = false
       const timer = setTimeout(() => sockets.cut(), GOODBYE_MS)
       await client.end().catch(() => {})
       clearTimeout(timer)

@@ -293,7 +293,8 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
   }
 
   async #ackIn(tx: PostgresTx, delivery: PgDelivery, noWait: boolean): Promise<boolean> {
-    const rows = await this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack')
+    const expected = { rows: 1, orNone: true, columns: ['n'] }
+    const rows = await this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack', expected)
     return rows.length > 0
   }
 

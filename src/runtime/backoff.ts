@@ -21,3 +21,6 @@ export function reconnectDelayMs(failures: number, mostMs = 2_000): number {
 export function jittered(ms: number): number {
   return ms * (0.75 + Math.random() / 4)
 }
+
+/** Pauses, in ms, after which what is to be handed back is handed back again: an extension or a heartbeat of its holder's had it locked. */
+export const AGAIN_AFTER_MS: readonly number[] = [10, 20, 50]

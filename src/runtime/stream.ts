@@ -26,7 +26,7 @@ import {
   optionsOf,
   type TxOption,
 } from '../core/index.ts'
-import { jittered, reconnectDelayMs } from './backoff.ts'
+import { AGAIN_AFTER_MS, jittered, reconnectDelayMs } from './backoff.ts'
 import type { Ear } from './bell.ts'
 import type { Clock } from './clock.ts'
 import { type Extension, Settlement, type Whereabouts } from './settlement.ts'
@@ -140,7 +140,14 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
     await this.close()
     const yielded = [...this.#yielded].filter((held) => held.abandon())
     this.#yielded.clear()
-    await Promise.allSettled(yielded.map((held) => this.#options.backend.nak(held.delivery, 0, true)))
+    let left = yielded
+    // Passed over while an extension of its own has it locked.
+    for (const pauseMs of [0, ...AGAIN_AFTER_MS]) {
+      if (left.length === 0) return
+      if (pauseMs > 0) await new Promise((resolve) => setTimeout(resolve, pauseMs))
+      const done = await Promise.allSettled(left.map((held) => this.#options.backend.nak(held.delivery, 0, true)))
+      left = left.filter((_, n) => done[n]?.status === 'fulfilled' && done[n].value === false)
+    }
   }
 
   async #close(): Promise<void> {

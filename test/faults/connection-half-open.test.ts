@@ -3,6 +3,7 @@
  * every byte by itself.
  */
 
+import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus, Worker } from '../../src/index.ts'
 import { outcome, Taker, text } from '../postgres/support/outcome.ts'
@@ -60,6 +61,18 @@ describe.concurrent('connections that went silent', () => {
     await (await waiting).release()
     await direct.pubsub.publish(name, 'after')
     expect(text((await taker.expect()).payload)).toBe('after')
+  })
+
+  test('K4 one where the role’s default isolation is another: the call is told within 45 s', { timeout: 60_000 }, async () => {
+    await using relay = await Relay.start(connectionString)
+    const url = new URL(relay.connectionString)
+    url.searchParams.set('options', '-c default_transaction_isolation=serializable')
+    const pool = new pg.Pool({ connectionString: url.href, max: 1, idleTimeoutMillis: 0 })
+    pool.on('error', () => {}) // once the bus is closed it is ours again
+    await using bus = await PostgresBus.connect({ pool, schema, maintenance: false })
+    expect(await outcome(bus.kv.put('isolated', 'k', 'v'))).toBe('ok')
+    relay.silence()
+    expect(await outcome(bus.kv.put('isolated', 'k', 'v'))).toBe('connection')
   })
 
   test('J2 the whole of a worker’s: it goes on by itself within 45 s, and its job runs', { timeout: 60_000 }, async () => {

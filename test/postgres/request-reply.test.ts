@@ -142,6 +142,43 @@ describe('who is live', () => {
     clearTimeout(timer)
   })
 
+  test('close: a respond that comes while presence pauses after a failure rejects with closed', async () => {
+    const sockets = new Sockets()
+    const pool = new pg.Pool({ connectionString, stream: sockets.stream })
+    const db = new Database(pool, true, schema, sockets)
+    await db.open()
+    // Nobody listens there. What is written at the end takes longer than the pause.
+    const gate = deferred()
+    const slow = Object.create(db, { query: { value: () => gate.promise.then(() => []) } }) as Database
+    const presence = new Presence(slow, { ...configOf(pool), connectionString: 'postgres://127.0.0.1:1/none' }, () => true)
+    try {
+      await expect(presence.register({}, 'first')).rejects.toMatchObject({ code: 'connection' })
+      const second = outcome(presence.register({}, 'second'))
+      const closed = presence.close()
+      // It has come out of its pause, and found nobody to live for.
+      await new Promise((resolve) => setTimeout(resolve, 300))
+      gate.resolve()
+      await closed
+      expect(['closed', 'connection']).toContain(await second)
+    } finally {
+      await db.close()
+    }
+  }, 10_000)
+
+  test('close does not wait for a presence connection that nobody answers', async () => {
+    await using relay = await Relay.start(connectionString)
+    const fresh = await PostgresBus.connect({ ...options, listenConnectionString: relay.connectionString })
+    await using _responder = await fresh.requestReply.respond(freshSubject(), () => 'here')
+    relay.silence()
+    // What is lost is made anew, and nobody answers.
+    await observer.query(
+      `select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'klieo-bus presence' and pid <> pg_backend_pid()`,
+    )
+    const startedAt = performance.now()
+    await fresh.close()
+    expect(performance.now() - startedAt).toBeLessThan(3_000)
+  })
+
   test('R2 R4 its presence session is terminated: it is found again, and stays so', async () => {
     const subject = freshSubject()
     await using responding = await PostgresBus.connect({ ...options, connectionString: named(connectionString, 'rr presence') })

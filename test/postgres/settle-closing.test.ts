@@ -140,4 +140,32 @@ describe('closing behind a lock that nobody gives up', () => {
     expect(await closesInTime(closing)).toBe(true)
     expect(['closed', 'connection']).toContain(await ack)
   })
+
+  test('what it is extending at that very moment is handed back at once', async () => {
+    const name = `d${++names}`
+    const count = 6
+    for (let round = 0; round < 6; round++) {
+      await using bus = await PostgresBus.connect({ connectionString, schema, maintenance: false })
+      await other.pubsub.publishMany(Array.from({ length: count }, () => ({ subject: name, payload: 'p' })))
+      await other.jobs.enqueueMany(
+        name,
+        Array.from({ length: count }, () => ({ payload: 'p' })),
+      )
+      const taker = new Taker(await bus.pubsub.subscribe(name, name, { ackWaitMs: LONG_MS }))
+      const messages = []
+      while (messages.length < count) messages.push(await taker.expect())
+      const jobs = await bus.jobs.claimMany(name, 'w', LONG_MS, { limit: count })
+      expect(jobs.length).toBe(count)
+      const extensions = [...messages.map((message) => outcome(message.extend())), ...jobs.map((job) => outcome(job.heartbeat()))]
+      await bus.close()
+      await Promise.all(extensions)
+      expect(await other.jobs.claimMany(name, 'w', 0, { limit: 100 })).toHaveLength(count)
+      await observer.query(`delete from ${schema}.jobs where queue = $1`, [name])
+      const { rows } = await observer.query(`select in_flight::int as held from ${schema}.consumer_stats where durable = $1`, [name])
+      expect(rows).toEqual([{ held: 0 }])
+      await using stream = await other.pubsub.subscribe(name, name, { ackWaitMs: LONG_MS })
+      const again = new Taker(stream)
+      for (let n = 0; n < count; n++) await (await again.expect()).ack()
+    }
+  })
 })

@@ -72,7 +72,7 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [
       {
         file: PUBSUB,
-        find: `this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack')`,
+        find: `this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack', expected)`,
         replace: `this.#context.db.query(ACK, [...keys([delivery]), String(noWait)], 'ack')`,
       },
     ],
@@ -88,8 +88,8 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [
       {
         file: PUBSUB,
-        find: `this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack')`,
-        replace: `this.#context.db.queryIn(tx, 'select 1 from klieo.deliveries where consumer_id = any($1::text::int[]) and seq = any($2::text::bigint[]) and token = any($3::text::uuid[]) and $4::text is not null', [...keys([delivery]), String(noWait)], 'ack')`,
+        find: `this.#context.db.queryIn(tx, ACK, [...keys([delivery]), String(noWait)], 'ack', expected)`,
+        replace: `this.#context.db.queryIn(tx, 'select 1 as n from klieo.deliveries where consumer_id = any($1::text::int[]) and seq = any($2::text::bigint[]) and token = any($3::text::uuid[]) and $4::text is not null', [...keys([delivery]), String(noWait)], 'ack')`,
       },
     ],
     files: [SETTLING_IN_TX],

@@ -67,7 +67,7 @@ export const jobMutants: readonly Mutant[] = [
     edits: [
       {
         file: JOBS,
-        find: `this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')`,
+        find: `this.#context.db.queryIn(tx, ACK_JOBS, [...keys([claim]), String(noWait)], 'ack', expected)`,
         replace: `this.#context.db.query(ACK_JOBS, [...keys([claim]), String(noWait)], 'ack')`,
       },
     ],
