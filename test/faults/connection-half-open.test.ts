@@ -63,7 +63,7 @@ describe.concurrent('connections that went silent', () => {
     expect(text((await taker.expect()).payload)).toBe('after')
   })
 
-  test('K4 one where the role’s default isolation is another: the call is told within 45 s', { timeout: 60_000 }, async () => {
+  test('P1 one where the role’s default isolation is another: the call is told or answered within 45 s', { timeout: 60_000 }, async () => {
     await using relay = await Relay.start(connectionString)
     const url = new URL(relay.connectionString)
     url.searchParams.set('options', '-c default_transaction_isolation=serializable')
@@ -72,7 +72,11 @@ describe.concurrent('connections that went silent', () => {
     await using bus = await PostgresBus.connect({ pool, schema, maintenance: false })
     expect(await outcome(bus.kv.put('isolated', 'k', 'v'))).toBe('ok')
     relay.silence()
-    expect(await outcome(bus.kv.put('isolated', 'k', 'v'))).toBe('connection')
+    // Lost in its BEGIN it was never sent, and may be sent once more; it is there once in any case.
+    expect(['connection', 'ok']).toContain(await outcome(bus.pubsub.publish('isolated', 'p')))
+    const taker = new Taker(await direct.pubsub.subscribe('isolated', 'isolated'))
+    await (await taker.take(2_000))?.ack()
+    expect(await taker.take(1_000)).toBeNull()
   })
 
   test('J2 the whole of a worker’s: it goes on by itself within 45 s, and its job runs', { timeout: 60_000 }, async () => {
