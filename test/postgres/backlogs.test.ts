@@ -61,7 +61,8 @@ describe('due redeliveries', () => {
       costs.push(await buffers(`select * from fetch_messages(${id}, 20, 60000, 100000, null, 16777216)`))
     }
     const [few, many] = costs as [number, number]
-    expect(many).toBeLessThan(few + 60)
+    // All of them would be thousands; an older server takes some more pages for a deeper index.
+    expect(many).toBeLessThan(few + 200)
   })
 
   test('P8 a restored log hands out in the order of the log, and no two messages are due at the same moment', async () => {
