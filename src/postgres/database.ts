@@ -42,6 +42,7 @@ const SILENT_MS = 30_000
 const QUEUE_ASKED_EVERY_MS = 500
 /** For a connection, and for each lock of a repair. */
 const CHECK_MS = 5_000
+const GOODBYE_MS = 300
 
 type ServerRow = Readonly<{ version: number; standby: boolean; isolation: string; durable: string; readonly: string; role: string }>
 
@@ -422,6 +423,7 @@ export class Database {
     const client = new pg.Client({
       application_name: 'klieo-bus check',
       connectionTimeoutMillis: CHECK_MS,
+      query_timeout: SILENT_MS,
       ...configOf(this.pool),
       stream: this.#sockets.stream,
     })
@@ -436,7 +438,8 @@ export class Database {
       })
       await client.query('commit')
     } finally {
-      await client.end().catch(() => {})
+      // Where the server is silent nothing answers the goodbye; the socket is cut when the bus closes.
+      await Promise.race([client.end().catch(() => {}), new Promise((resolve) => setTimeout(resolve, GOODBYE_MS).unref())])
     }
   }
 

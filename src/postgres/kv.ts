@@ -207,9 +207,10 @@ export class PostgresKv implements KvStore<PostgresTx> {
   }
 
   async close(): Promise<void> {
+    const watchesClosed = Promise.all([...this.#watches].map((watch) => watch.close()))
     // What a grant under way brings is handed back, too.
     await Promise.allSettled(this.#grants)
-    await Promise.all([...[...this.#watches].map((watch) => watch.close()), ...[...this.#leases.values()].map((handBack) => handBack())])
+    await Promise.all([watchesClosed, ...[...this.#leases.values()].map((handBack) => handBack())])
   }
 
   #checkWrite(bucket: string, key: string, value: Payload, options: KvPutOptions<PostgresTx>) {

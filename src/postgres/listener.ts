@@ -48,6 +48,8 @@ export class Listener {
   #state: ListenerState = 'connecting'
   #direct = false
   #running: Promise<void> | undefined
+  /** Of a connection that is being made: a close does not wait for one that nobody answers. */
+  #connecting: Sockets | undefined
 
   constructor(config: pg.ClientConfig, channel: string, events: ListenerEvents) {
     this.#config = config
@@ -78,6 +80,7 @@ export class Listener {
   async close(): Promise<void> {
     this.#state = 'closed'
     this.#end.resolve()
+    this.#connecting?.cut()
     await this.#running
   }
 
@@ -119,9 +122,11 @@ export class Listener {
       if (over) void closeQuietly(subscriber)
       else if (this.#state === 'listening') this.#events.onConnected()
     })
+    this.#connecting = sockets
     try {
       await subscriber.connect()
       await subscriber.listenTo(this.#channel)
+      this.#connecting = undefined
       await this.#events.notify(probe)
       const timer = setTimeout(() => probed.resolve(false), PROBE_MS)
       const heard = await Promise.race([probed.promise, broken.promise.then(() => undefined), this.#end.promise.then(() => undefined)])
@@ -138,6 +143,7 @@ export class Listener {
       return false
     } finally {
       over = true
+      this.#connecting = undefined
       await closeQuietly(subscriber)
       sockets.cut()
     }

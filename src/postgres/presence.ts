@@ -41,6 +41,8 @@ export class Presence {
   #mode: 'lock' | 'sign of life' = 'sign of life'
   #writing: Promise<void> = Promise.resolve()
   #closed = false
+  /** Of a session that is being made: a close does not wait for one that nobody answers. */
+  #connecting: Sockets | undefined
 
   /** @param byLock whether a session of the configuration is ours alone */
   constructor(db: Database, config: pg.ClientConfig, byLock: () => boolean) {
@@ -84,6 +86,7 @@ export class Presence {
     // Whoever waits to count as live, and whatever the loop is at just now.
     this.#live.reject(closedError('the bus'))
     this.#end.resolve()
+    this.#connecting?.cut()
     await this.#keeping
   }
 
@@ -138,14 +141,10 @@ export class Presence {
     const lost = Promise.withResolvers<void>()
     client.on('error', () => lost.resolve())
     client.on('end', () => lost.resolve())
-    let connecting = true
-    // A close does not wait for a connection that nobody answers.
-    void this.#end.promise.then(() => {
-      if (connecting) sockets.cut()
-    })
+    this.#connecting = sockets
     try {
       await client.connect()
-      connecting = false
+      this.#connecting = undefined
       await this.#takeLock(client, lost.promise)
       if (this.#closed) return
       this.#mode = 'lock'
@@ -158,7 +157,7 @@ export class Presence {
         if (!this.#closed) await Promise.race([client.query('select 1'), lost.promise, this.#late()])
       }
     } finally {
-      connecting = false
+      this.#connecting = undefined
       const timer = setTimeout(() => sockets.cut(), GOODBYE_MS)
       await client.end().catch(() => {})
       clearTimeout(timer)
