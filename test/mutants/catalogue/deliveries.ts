@@ -108,6 +108,11 @@ export const deliveryMutants: readonly Mutant[] = [
         replace: 'return found !== null',
       },
       { file: 'src/runtime/settlement.ts', find: 'if (this.#clock.now() >= this.deadline) return false', replace: '' },
+      {
+        file: 'src/runtime/settlement.ts',
+        find: 'tries === MAX_TRIES || this.#clock.now() >= this.deadline',
+        replace: 'tries === MAX_TRIES',
+      },
     ],
     files: ['test/postgres/interleavings.test.ts'],
     caughtBy: ['P7 an ack whose answer was lost is no success when the message was given on meanwhile'],
