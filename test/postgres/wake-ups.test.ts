@@ -23,7 +23,8 @@ const quoted = `"${schema}"`
 const POLL_MS = 60_000
 /** Far below a poll, far above what a busy machine needs. */
 const SOON_MS = 5_000
-const LISTENER = 'wake-ups listen'
+/** Of this run alone: its sessions are terminated, and another run may be on the same server. */
+const LISTENER = `${freshSchema()} listen`
 
 let bus: PostgresBus
 let other: PostgresBus
