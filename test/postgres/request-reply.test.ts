@@ -167,18 +167,22 @@ describe('who is live', () => {
     }
   }, 10_000)
 
-  test('close does not wait for a presence connection that nobody answers', async () => {
+  test('close does not wait for presence and listening connections that nobody answers', async () => {
     await using relay = await Relay.start(connectionString)
     const fresh = await PostgresBus.connect({ ...options, listenConnectionString: relay.connectionString })
     await using _responder = await fresh.requestReply.respond(freshSubject(), () => 'here')
-    relay.silence()
     // What is lost is made anew, and nobody answers.
-    await observer.query(
-      `select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'klieo-bus presence' and pid <> pg_backend_pid()`,
-    )
+    relay.freeze()
+    relay.cut()
+    await eventually(() => relay.taken >= 2, { what: 'both being made anew' })
     const startedAt = performance.now()
     await fresh.close()
     expect(performance.now() - startedAt).toBeLessThan(3_000)
+    // And where the listener has never had one.
+    const deaf = await PostgresBus.connect({ ...options, listenConnectionString: relay.connectionString })
+    const closedFrom = performance.now()
+    await deaf.close()
+    expect(performance.now() - closedFrom).toBeLessThan(3_000)
   })
 
   test('R2 R4 its presence session is terminated: it is found again, and stays so', async () => {
