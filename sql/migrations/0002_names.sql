@@ -8,7 +8,7 @@
 -- has an index that is right at any size, so the functions forbid the other ways, and look rows up by = any(array) or in a
 -- lateral subquery, where the planner cannot turn the join round (measured: 5 ms instead of 0.9 ms for 100 acks).
 --
--- Rights. Nobody but the owner has any on a table. What a role may do is which functions it may call (0009_roles.sql), and those run
+-- Rights. Nobody but the owner has any on a table. What a role may do is which functions it may call (0011_roles.sql), and those run
 -- as the owner: `security definer`. Every function pins its search_path, those that run as their caller as well: else one of the
 -- same name in a schema that comes first, or with arguments that match better, would be called instead (docs/adr/0010-roles.md).
 --

@@ -1,3 +1,4 @@
+export * from './admin.ts'
 export * from './calls.ts'
 export * from './checks.ts'
 export * from './codec.ts'
