@@ -145,6 +145,13 @@ create table klieo.meta (
   constraint meta_pkey PRIMARY KEY (key)
 );
 
+create table klieo.paused_queues (
+  queue text collate "C" not null,
+  paused_at timestamp with time zone not null default clock_timestamp(),
+  constraint paused_queues_pkey PRIMARY KEY (queue),
+  constraint paused_queues_queue_length CHECK (((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)))
+) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=100, vacuum_truncate=false);
+
 create unlogged table klieo.replies (
   request_id uuid not null,
   inbox text not null,
@@ -200,6 +207,21 @@ CREATE INDEX requests_open ON klieo.requests USING btree (deadline) WHERE (claim
 
 CREATE INDEX responders_instance ON klieo.responders USING btree (instance_id);
 
+create view klieo.bucket_stats as
+ SELECT bucket,
+    count(*) AS keys,
+    sum(octet_length(value)) AS bytes
+   FROM klieo.kv_entries e
+  WHERE ((value IS NOT NULL) AND
+        CASE
+            WHEN ((expires_at IS NULL) OR (expires_at > clock_timestamp())) THEN true
+            WHEN ("left"(bucket, 6) = 'dedup.'::text) THEN (EXISTS ( SELECT
+               FROM klieo.jobs j
+              WHERE ((j.id = (convert_from(e.value, 'UTF8'::name))::bigint) AND (j.died_at IS NULL))))
+            ELSE false
+        END)
+  GROUP BY bucket;
+
 create view klieo.consumer_stats as
  SELECT durable,
     filter,
@@ -252,14 +274,29 @@ create view klieo.message_details as
    FROM klieo.messages m;
 
 create view klieo.queue_stats as
- SELECT queue,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS ready,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NULL))) AS scheduled,
-    count(*) FILTER (WHERE ((died_at IS NULL) AND (visible_at > clock_timestamp()) AND (token IS NOT NULL))) AS running,
-    count(*) FILTER (WHERE (died_at IS NOT NULL)) AS dead,
-    min(visible_at) FILTER (WHERE ((died_at IS NULL) AND (visible_at <= clock_timestamp()))) AS oldest_ready_at
+ SELECT j.queue,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS ready,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NULL))) AS scheduled,
+    count(*) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at > clock_timestamp()) AND (j.token IS NOT NULL))) AS running,
+    count(*) FILTER (WHERE (j.died_at IS NOT NULL)) AS dead,
+    min(j.visible_at) FILTER (WHERE ((j.died_at IS NULL) AND (j.visible_at <= clock_timestamp()))) AS oldest_ready_at,
+    ( SELECT p.paused_at
+           FROM klieo.paused_queues p
+          WHERE (p.queue = j.queue)) AS paused_at
    FROM klieo.jobs j
-  GROUP BY queue;
+  GROUP BY j.queue
+UNION ALL
+ SELECT p.queue,
+    0 AS ready,
+    0 AS scheduled,
+    0 AS running,
+    0 AS dead,
+    NULL::timestamp with time zone AS oldest_ready_at,
+    p.paused_at
+   FROM klieo.paused_queues p
+  WHERE (NOT (EXISTS ( SELECT
+           FROM klieo.jobs j
+          WHERE (j.queue = p.queue))));
 
 CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
@@ -436,6 +473,50 @@ begin
   )
   select count(*) into v_count from letter;
   return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.cancel_job(id bigint, reason text DEFAULT 'cancelled'::text)
+ RETURNS TABLE(outcome text, queue text)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  j klieo.jobs;
+begin
+  select * into j from klieo.jobs x where x.id = cancel_job.id for update skip locked;
+  if not found then
+    return query select 'locked', x.queue from klieo.jobs x where x.id = cancel_job.id;
+    return;
+  end if;
+  queue := j.queue;
+  if j.died_at is not null then
+    outcome := 'dead';
+  else
+    perform klieo.bury_jobs(array[cancel_job.id], coalesce(cancel_job.reason, 'cancelled'));
+    outcome := 'cancelled';
+  end if;
+  return next;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_filter(filter text)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if filter is null or octet_length(filter) > 1024
+    or filter !~ '^([\x21-\x29\x2b-\x2d\x2f-\x3d\x3f-\x7e]+|\*)(\.([\x21-\x29\x2b-\x2d\x2f-\x3d\x3f-\x7e]+|\*))*(\.>)?$' and filter <> '>'
+    or filter ~ '^(\$|_INBOX)' then
+    raise exception 'filter must be 1 to 1024 bytes of tokens joined by ".", of printable ASCII, * for one token and a last > for the rest, the first token not beginning with $ or _INBOX'
+      using errcode = '22023';
+  end if;
 end
 $function$;
 
@@ -1229,7 +1310,7 @@ AS $function$
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.find_durable(durable text)
- RETURNS TABLE(id integer, filter text)
+ RETURNS TABLE(id integer, filter text, created_at timestamp with time zone)
  LANGUAGE plpgsql
  STABLE SECURITY DEFINER
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1238,7 +1319,7 @@ CREATE OR REPLACE FUNCTION klieo.find_durable(durable text)
 AS $function$
 #variable_conflict use_column
 begin
-  return query select o.id, o.filter from klieo.consumer_offsets o where o.durable = find_durable.durable;
+  return query select o.id, o.filter, o.created_at from klieo.consumer_offsets o where o.durable = find_durable.durable;
 end
 $function$;
 
@@ -2024,6 +2105,20 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.pause_queue(queue text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_name('queue', pause_queue.queue);
+  insert into klieo.paused_queues as p (queue) values (pause_queue.queue) on conflict (queue) do nothing;
+  return found;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.pick_up_replies(inbox text)
  RETURNS TABLE(request_id uuid, ok boolean, payload bytea)
  LANGUAGE plpgsql
@@ -2309,6 +2404,111 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.purge_messages(filter text, before timestamp with time zone DEFAULT NULL::timestamp with time zone)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+declare
+  v_tx xid8 := '0';
+  v_seq bigint := 0;
+  v_count bigint;
+  v_sum bigint := 0;
+begin
+  perform klieo.check_filter(purge_messages.filter);
+  loop
+    select p.purged, p.last_tx, p.last_seq into v_count, v_tx, v_seq
+    from klieo.purge_messages_from(purge_messages.filter, purge_messages.before, v_tx, v_seq, 10000) p;
+    exit when not found;
+    v_sum := v_sum + v_count;
+  end loop;
+  return v_sum;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.purge_messages_from(filter text, before timestamp with time zone, after_tx xid8, after_seq bigint, max_messages integer)
+ RETURNS TABLE(purged bigint, last_tx xid8, last_seq bigint)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_mergejoin TO 'off'
+ SET jit TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_pattern text := klieo.filter_pattern(purge_messages_from.filter);
+  v_txs xid8[];
+  v_seqs bigint[];
+  v_all int;
+begin
+  perform klieo.check_filter(purge_messages_from.filter);
+  with scanned as materialized (
+    select m.tx, m.seq, m.subject, m.published_at
+    from klieo.messages m
+    where (m.tx, m.seq) > (purge_messages_from.after_tx, purge_messages_from.after_seq)
+    order by m.tx, m.seq
+    limit purge_messages_from.max_messages
+  ), chosen as (
+    select s.tx, s.seq from scanned s
+    where (s.subject = purge_messages_from.filter or s.subject ~ v_pattern)
+      and (purge_messages_from.before is null or s.published_at < purge_messages_from.before)
+  )
+  select l.tx, l.seq, (select count(*) from scanned), (select array_agg(c.tx order by c.tx, c.seq) from chosen c),
+    (select array_agg(c.seq order by c.tx, c.seq) from chosen c)
+  into last_tx, last_seq, v_all, v_txs, v_seqs
+  from (select s.tx, s.seq from scanned s order by s.tx desc, s.seq desc limit 1) l;
+  if not found then
+    return;
+  end if;
+  delete from klieo.messages m
+  using unnest(v_txs, v_seqs) as c(tx, seq)
+  where m.tx = c.tx and m.seq = c.seq;
+  get diagnostics purged = row_count;
+  -- Whoever holds one may settle it. One that nobody holds would be looked for, and not found.
+  delete from klieo.deliveries d
+  using klieo.consumer_offsets o, unnest(v_seqs) as c(seq)
+  where d.consumer_id = o.id and d.seq = c.seq and d.token is null;
+  return next;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.purge_queue(queue text, states text[] DEFAULT '{ready,scheduled,dead}'::text[], max_jobs integer DEFAULT NULL::integer)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_count bigint;
+begin
+  perform klieo.check_name('queue', purge_queue.queue);
+  if purge_queue.states is null or not purge_queue.states <@ array['ready', 'scheduled', 'dead'] then
+    raise exception 'states must be of ready, scheduled and dead' using errcode = '22023';
+  end if;
+  with chosen as materialized (
+    select j.id
+    from klieo.jobs j
+    where j.queue = purge_queue.queue
+      and case
+        when j.died_at is not null then 'dead' = any (purge_queue.states)
+        when j.visible_at <= clock_timestamp() then 'ready' = any (purge_queue.states)
+        else j.token is null and 'scheduled' = any (purge_queue.states)
+      end
+    limit purge_queue.max_jobs
+    for update skip locked
+  )
+  delete from klieo.jobs j where j.id = any (array(select chosen.id from chosen));
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.reap_deliveries(max_messages integer)
  RETURNS TABLE(durable text, count integer)
  LANGUAGE plpgsql
@@ -2514,6 +2714,34 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.remove_job(id bigint)
+ RETURNS TABLE(outcome text, queue text)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  j klieo.jobs;
+begin
+  select * into j from klieo.jobs x where x.id = remove_job.id for update skip locked;
+  if not found then
+    return query select 'locked', x.queue from klieo.jobs x where x.id = remove_job.id;
+    return;
+  end if;
+  queue := j.queue;
+  if j.died_at is null and j.token is not null and j.visible_at > clock_timestamp() then
+    outcome := 'running';
+  else
+    delete from klieo.jobs x where x.id = remove_job.id;
+    outcome := 'removed';
+  end if;
+  return next;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.reply_to_request(id uuid, process integer, ok boolean, payload bytea, channel text, notice text)
  RETURNS text
  LANGUAGE plpgsql
@@ -2569,6 +2797,20 @@ AS $function$
     or exists (select from klieo.kv_horizons h where h.tx > pg_snapshot_xmax(pg_current_snapshot()))
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.resume_queue(queue text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_name('queue', resume_queue.queue);
+  delete from klieo.paused_queues p where p.queue = resume_queue.queue;
+  return found;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.retry_dead(queue text, id bigint DEFAULT NULL::bigint)
  RETURNS bigint
  LANGUAGE plpgsql
@@ -2584,6 +2826,39 @@ begin
   where j.queue = retry_dead.queue and j.died_at is not null and (retry_dead.id is null or j.id = retry_dead.id);
   get diagnostics v_count = row_count;
   return v_count;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.retry_job(id bigint)
+ RETURNS TABLE(outcome text, queue text)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  j klieo.jobs;
+begin
+  select * into j from klieo.jobs x where x.id = retry_job.id for no key update skip locked;
+  if not found then
+    return query select 'locked', x.queue from klieo.jobs x where x.id = retry_job.id;
+    return;
+  end if;
+  queue := j.queue;
+  if j.died_at is not null then
+    perform klieo.retry_dead(j.queue, j.id);
+    outcome := 'retried';
+  elsif j.visible_at <= clock_timestamp() then
+    outcome := 'ready';
+  elsif j.token is not null then
+    outcome := 'running';
+  else
+    update klieo.jobs x set run_at = clock_timestamp(), visible_at = clock_timestamp() where x.id = retry_job.id;
+    outcome := 'retried';
+  end if;
+  return next;
 end
 $function$;
 
@@ -2658,19 +2933,20 @@ AS $function$
     ('{worker}', 'execute', '{presence_class,new_instance,register_responders,sign_of_life,claim_requests,reply_to_request}'),
 
     ('{worker,reader,admin}', 'execute', '{kv_get,kv_get_many,kv_keys}'),
-    ('{reader,admin}', 'select', '{queue_stats,consumer_stats,job_details,message_details}'),
+    ('{reader,admin}', 'select', '{queue_stats,consumer_stats,job_details,message_details,bucket_stats}'),
     ('{reader,admin}', 'execute', '{as_text}'),
 
     ('{admin}', 'execute', '{retry_dead,delete_durable,rebase}'),
+    ('{admin}', 'execute', '{retry_job,cancel_job,remove_job,purge_queue,pause_queue,resume_queue,seek_durable,purge_messages,purge_messages_from}'),
     ('{admin}', 'execute', '{elect_maintainer,resign_maintainer,reap_jobs,reap_deliveries,kv_expire,prune_messages,prune_kv,prune_rest}'),
 
     -- The owner's alone: what the others are made of.
     ('{owner}', 'execute', '{role_rights,grant_role,revoke_role,create_roles,revoke_public,schema_name}'),
-    ('{owner}', 'execute', '{filter_pattern,check_subject,check_name,check_key,check_headers,check_payload}'),
+    ('{owner}', 'execute', '{filter_pattern,check_subject,check_filter,check_name,check_key,check_headers,check_payload}'),
     ('{owner}', 'execute', '{cursor_snapshot,window_has_message,creation_lock,settle_deliveries,extend_waiting}'),
     ('{owner}', 'execute', '{settle_jobs,bury_jobs,look_is_due,look_for_heads,head_before,move_head,next_job_at}'),
     ('{owner}', 'execute', '{dedup_lives,grant_lease,live_responders}'),
-    ('{owner}', 'select', '{messages,message_ids,consumer_offsets,deliveries,kv_entries,kv_changes,kv_horizons,kv_leases,jobs,job_heads,responders,requests,replies,migrations_lock}'),
+    ('{owner}', 'select', '{messages,message_ids,consumer_offsets,deliveries,kv_entries,kv_changes,kv_horizons,kv_leases,jobs,job_heads,paused_queues,responders,requests,replies,migrations_lock}'),
     ('{owner}', 'usage', '{message_seq,kv_revision,lease_fence,job_id,instance_id,consumer_offsets_id_seq,job_heads_seq_seq,responders_id_seq}')
   ) as r(kinds, may, names),
   unnest(r.kinds) as k(kind),
@@ -2684,6 +2960,42 @@ CREATE OR REPLACE FUNCTION klieo.schema_name()
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
   select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = 'klieo.meta'::regclass
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.seek_durable(durable text, start_seq bigint DEFAULT NULL::bigint, start_time timestamp with time zone DEFAULT NULL::timestamp with time zone, start_new boolean DEFAULT false)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_mergejoin TO 'off'
+AS $function$
+#variable_conflict use_column
+declare
+  v_id int;
+begin
+  -- Apart from pruning, as the making of one.
+  perform pg_advisory_xact_lock_shared(klieo.creation_lock());
+  select o.id into v_id from klieo.consumer_offsets o where o.durable = seek_durable.durable for update;
+  if not found then
+    return false;
+  end if;
+  update klieo.consumer_offsets o
+  set id = default,
+    lo = case when seek_durable.start_new then klieo.cursor_snapshot() else '1:1:' end,
+    hi = null,
+    pos_tx = '0',
+    pos_seq = 0,
+    start_seq = coalesce(seek_durable.start_seq, 0),
+    start_time = coalesce(seek_durable.start_time, '-infinity')
+  where o.id = v_id;
+  -- What an open transaction holds is removed by it, or later with what belongs to no durable.
+  delete from klieo.deliveries d
+  where d.consumer_id = v_id
+    and d.seq = any (array(select x.seq from klieo.deliveries x where x.consumer_id = v_id order by x.seq for update skip locked));
+  return true;
+end
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.send_request(id uuid, subject text, headers jsonb, payload bytea, inbox text, timeout_ms double precision, channel text, notice text)
@@ -2831,6 +3143,9 @@ declare
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
+  end if;
+  if exists (select from klieo.paused_queues p where p.queue = take_jobs.queue) then
+    return;
   end if;
   select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
   if v_heads.priorities <> '{}' and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
@@ -3011,6 +3326,12 @@ begin
   delete from klieo.requests r where r.id = withdraw_request.id;
 end
 $function$;
+
+comment on column klieo.bucket_stats.bucket is 'The bucket; dedup.<queue> holds the idempotency records of a queue.';
+
+comment on column klieo.bucket_stats.bytes is 'Bytes of their values.';
+
+comment on column klieo.bucket_stats.keys is 'Present keys.';
 
 comment on column klieo.consumer_offsets.created_at is 'When the durable was made.';
 
@@ -3214,9 +3535,15 @@ comment on column klieo.meta.key is 'compatible_with: the oldest schema version 
 
 comment on column klieo.meta.value is 'The value, as text.';
 
+comment on column klieo.paused_queues.paused_at is 'Since when.';
+
+comment on column klieo.paused_queues.queue is 'The queue.';
+
 comment on column klieo.queue_stats.dead is 'Out of attempts or dead-lettered.';
 
 comment on column klieo.queue_stats.oldest_ready_at is 'Since when the longest-waiting claimable job waits.';
+
+comment on column klieo.queue_stats.paused_at is 'Since when claims find it empty; null: it is not paused.';
 
 comment on column klieo.queue_stats.queue is 'The queue.';
 
@@ -3282,11 +3609,15 @@ comment on table klieo.messages is 'The log: every published message, append-onl
 
 comment on table klieo.meta is 'Facts about this schema.';
 
+comment on table klieo.paused_queues is 'Queues that claims find empty until they are resumed.';
+
 comment on table klieo.replies is 'Replies that their requesters have not picked up yet. The primary key lets the first one win.';
 
 comment on table klieo.requests is 'Requests that are not answered yet.';
 
 comment on table klieo.responders is 'Who answers requests. A row counts while its process holds the advisory lock (presence_class(), instance_id), or until alive_until.';
+
+comment on view klieo.bucket_stats is 'A row per bucket that holds a key.';
 
 comment on view klieo.consumer_stats is 'A row per durable.';
 
@@ -3294,7 +3625,7 @@ comment on view klieo.job_details is 'A row per job that still exists.';
 
 comment on view klieo.message_details is 'A row per stored message.';
 
-comment on view klieo.queue_stats is 'A row per queue that holds jobs.';
+comment on view klieo.queue_stats is 'A row per queue that holds jobs or is paused.';
 
 comment on function klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
 
@@ -3307,6 +3638,10 @@ comment on function klieo.as_text(payload bytea) is 'The bytes as UTF-8 text; nu
 comment on function klieo.bury_deliveries(consumer integer, max_messages integer) is 'Publishes on <durable>.dlq what was left unsettled at its last delivery, and forgets it; answers how many. Must not share a transaction with fetch_messages.';
 
 comment on function klieo.bury_jobs(ids bigint[], reason text) is 'Makes jobs, which the caller has locked, dead and publishes their dead letters on <queue>.dlq; a null reason: their attempts are used up.';
+
+comment on function klieo.cancel_job(id bigint, reason text) is 'Makes a job dead, whoever holds it, and publishes its dead letter. The outcome is cancelled; dead, which it was before; locked by an open transaction; or no row: there is no such job.';
+
+comment on function klieo.check_filter(filter text) is 'Raises 22023 unless it may be a durable''s filter.';
 
 comment on function klieo.check_headers(headers jsonb) is 'Raises 22023 unless it is an object of strings with legal names and values.';
 
@@ -3356,7 +3691,7 @@ comment on function klieo.fetch_messages(consumer integer, max_messages integer,
 
 comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
 
-comment on function klieo.find_durable(durable text) is 'The id and the filter of a durable; no row: there is none.';
+comment on function klieo.find_durable(durable text) is 'The id of a durable, its filter and when it was made; no row: there is none. It has another id after it was moved, and was made at another time after it was deleted.';
 
 comment on function klieo.grant_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision) is 'Grants a lease that nobody holds, in any bucket; no row: somebody does.';
 
@@ -3408,6 +3743,8 @@ comment on function klieo.new_instance() is 'A number for a process that answers
 
 comment on function klieo.next_job_at(queue text, horizon_ms bigint) is 'When the next delayed or running job of the queue becomes claimable, within horizon_ms; null: there is none.';
 
+comment on function klieo.pause_queue(queue text) is 'From its commit on claims find the queue empty; running jobs go on. Answers whether it was not paused before.';
+
 comment on function klieo.pick_up_replies(inbox text) is 'The replies of an inbox, which are gone then.';
 
 comment on function klieo.presence_class() is 'The first half of the advisory locks that show which processes answer requests in this schema.';
@@ -3421,6 +3758,12 @@ comment on function klieo.prune_rest(dead_jobs_ms bigint, max_rows integer) is '
 comment on function klieo.publish(subject text, payload bytea, headers jsonb, msg_id text) is 'Publishes a message in this transaction and answers its seq. A second one with the same msg_id within two minutes stores nothing and answers the first one''s.';
 
 comment on function klieo.publish_many(subjects text[], payloads bytea, starts integer[], lengths integer[], headers text[], msg_ids text[]) is 'Stores messages in order and answers a row for each. Payload n is lengths[n] bytes of payloads from starts[n], counted from 1; headers are JSON texts; msg_ids may be null. Checks nothing but sizes: publish() does.';
+
+comment on function klieo.purge_messages(filter text, before timestamp with time zone) is 'Removes stored messages whose subject matches, delivered or not, all or those published before a time; answers how many. One that is handed out may still be settled.';
+
+comment on function klieo.purge_messages_from(filter text, before timestamp with time zone, after_tx xid8, after_seq bigint, max_messages integer) is 'Looks at max_messages stored messages after a position in the log and removes those whose subject matches; answers how many, and the last position. No row: that was the end of the log.';
+
+comment on function klieo.purge_queue(queue text, states text[], max_jobs integer) is 'Removes jobs of a queue that are not running, of some states or all, at most max_jobs of them; answers how many. Those that an open transaction holds stay.';
 
 comment on function klieo.reap_deliveries(max_messages integer) is 'Buries what was left unsettled at its last delivery, where no member fetches; answers how many of which durable.';
 
@@ -3436,13 +3779,19 @@ comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted bool
 
 comment on function klieo.release_lease(bucket text, key text, token uuid) is 'Ends a lease of the token''s bearer.';
 
+comment on function klieo.remove_job(id bigint) is 'Removes a job that is not running. The outcome is removed; running, and nothing was changed; locked by an open transaction; or no row: there is no such job.';
+
 comment on function klieo.reply_to_request(id uuid, process integer, ok boolean, payload bytea, channel text, notice text) is 'Replies to a request that still waits and is still the process''s; answers its inbox, or null. The inbox is put where the notice says <inbox>.';
 
 comment on function klieo.resign_maintainer(token uuid) is 'Somebody else may be elected at once.';
 
 comment on function klieo.restored() is 'Whether this database was restored from a dump of another cluster, so that klieo.rebase() is needed.';
 
+comment on function klieo.resume_queue(queue text) is 'Ends a pause; answers whether there was one.';
+
 comment on function klieo.retry_dead(queue text, id bigint) is 'Puts dead jobs back with all their attempts, the queue''s or one; answers how many.';
+
+comment on function klieo.retry_job(id bigint) is 'Makes a dead job ready with all its attempts, and a scheduled one ready now. The outcome is retried; ready or running, and nothing was changed; locked by an open transaction; or no row: there is no such job.';
 
 comment on function klieo.revoke_public() is 'Takes from everybody what Postgres gives everybody. The last step of every migration that makes something.';
 
@@ -3451,6 +3800,8 @@ comment on function klieo.revoke_role(role text) is 'Takes from a role all right
 comment on function klieo.role_rights() is 'What each kind of role may do in this schema: execute a function, or select from a table or view. What only the owner may is there, too.';
 
 comment on function klieo.schema_name() is 'The name of this schema.';
+
+comment on function klieo.seek_durable(durable text, start_seq bigint, start_time timestamp with time zone, start_new boolean) is 'Moves a durable: to everything that is stored, to a seq, to a time, or to what is published from now on. What its members hold is not theirs any more. Answers whether there is such a durable.';
 
 comment on function klieo.send_request(id uuid, subject text, headers jsonb, payload bytea, inbox text, timeout_ms double precision, channel text, notice text) is 'Sends a request if a live responder takes its subject, and tells the channel, unless that is null; answers whether it did.';
 

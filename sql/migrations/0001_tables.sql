@@ -253,6 +253,15 @@ comment on column klieo.job_heads.heads is 'For each, the visible_at at which it
 comment on column klieo.job_heads.looked_at is 'When the queue was last looked through from the beginning.';
 comment on column klieo.job_heads.look_ms is 'How long that took: the next look comes after twenty times as long.';
 
+create table klieo.paused_queues (
+  queue text collate "C" primary key,
+  paused_at timestamptz not null default clock_timestamp(),
+  constraint paused_queues_queue_length check (octet_length(queue) between 1 and 128)
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100, vacuum_truncate = false);
+comment on table klieo.paused_queues is 'Queues that claims find empty until they are resumed.';
+comment on column klieo.paused_queues.queue is 'The queue.';
+comment on column klieo.paused_queues.paused_at is 'Since when.';
+
 -- ---------------------------------------------------------------- request / reply
 -- Unlogged: no disk write waits on a request, and a server crash empties the tables, as the contract allows.
 

@@ -171,17 +171,18 @@ $$;
 comment on function klieo.create_durable(text, text, bigint, timestamptz, boolean) is
   'Makes a durable that begins with everything, at a seq, at a time, or with what is published from now on; answers its id, or no row if there is one of that name.';
 
-create function klieo.find_durable(durable text) returns table (id int, filter text)
+create function klieo.find_durable(durable text) returns table (id int, filter text, created_at timestamptz)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
-  return query select o.id, o.filter from klieo.consumer_offsets o where o.durable = find_durable.durable;
+  return query select o.id, o.filter, o.created_at from klieo.consumer_offsets o where o.durable = find_durable.durable;
 end
 $$;
-comment on function klieo.find_durable(text) is 'The id and the filter of a durable; no row: there is none.';
+comment on function klieo.find_durable(text) is
+  'The id of a durable, its filter and when it was made; no row: there is none. It has another id after it was moved, and was made at another time after it was deleted.';
 
 create function klieo.delete_durable(durable text) returns boolean
 language plpgsql security definer

@@ -334,6 +334,9 @@ begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'jobs must be claimed in READ COMMITTED' using errcode = 'KB003';
   end if;
+  if exists (select from klieo.paused_queues p where p.queue = take_jobs.queue) then
+    return;
+  end if;
   select h.* into v_heads from klieo.job_heads h where h.queue = take_jobs.queue order by h.seq desc limit 1;
   if v_heads.priorities <> '{}' and klieo.look_is_due(v_heads.looked_at, v_heads.look_ms) then
     perform klieo.look_for_heads(take_jobs.queue);

@@ -7,16 +7,23 @@ select
   count(*) filter (where j.died_at is null and j.visible_at > clock_timestamp() and j.token is null) as scheduled,
   count(*) filter (where j.died_at is null and j.visible_at > clock_timestamp() and j.token is not null) as running,
   count(*) filter (where j.died_at is not null) as dead,
-  min(j.visible_at) filter (where j.died_at is null and j.visible_at <= clock_timestamp()) as oldest_ready_at
+  min(j.visible_at) filter (where j.died_at is null and j.visible_at <= clock_timestamp()) as oldest_ready_at,
+  (select p.paused_at from klieo.paused_queues p where p.queue = j.queue) as paused_at
 from klieo.jobs j
-group by j.queue;
-comment on view klieo.queue_stats is 'A row per queue that holds jobs.';
+group by j.queue
+-- Not a full join: a condition on the queue would not reach the index.
+union all
+select p.queue, 0, 0, 0, 0, null, p.paused_at
+from klieo.paused_queues p
+where not exists (select from klieo.jobs j where j.queue = p.queue);
+comment on view klieo.queue_stats is 'A row per queue that holds jobs or is paused.';
 comment on column klieo.queue_stats.queue is 'The queue.';
 comment on column klieo.queue_stats.ready is 'Claimable now, expired leases included.';
 comment on column klieo.queue_stats.scheduled is 'Delayed, or waiting after a failure.';
 comment on column klieo.queue_stats.running is 'Claimed, lease not over.';
 comment on column klieo.queue_stats.dead is 'Out of attempts or dead-lettered.';
 comment on column klieo.queue_stats.oldest_ready_at is 'Since when the longest-waiting claimable job waits.';
+comment on column klieo.queue_stats.paused_at is 'Since when claims find it empty; null: it is not paused.';
 
 create view klieo.consumer_stats as
 select
@@ -115,3 +122,20 @@ comment on column klieo.message_details.headers is 'Its headers.';
 comment on column klieo.message_details.published_at is 'When it was published.';
 comment on column klieo.message_details.payload is 'Its payload.';
 comment on column klieo.message_details.payload_text is 'The payload as UTF-8 text; null where it is none.';
+
+create view klieo.bucket_stats as
+select e.bucket, count(*) as keys, sum(octet_length(e.value))::bigint as bytes
+from klieo.kv_entries e
+where e.value is not null
+  and case
+    when e.expires_at is null or e.expires_at > clock_timestamp() then true
+    -- As dedup_lives, which readers may not call.
+    when left(e.bucket, 6) = 'dedup.'
+      then exists (select from klieo.jobs j where j.id = convert_from(e.value, 'UTF8')::bigint and j.died_at is null)
+    else false
+  end
+group by e.bucket;
+comment on view klieo.bucket_stats is 'A row per bucket that holds a key.';
+comment on column klieo.bucket_stats.bucket is 'The bucket; dedup.<queue> holds the idempotency records of a queue.';
+comment on column klieo.bucket_stats.keys is 'Present keys.';
+comment on column klieo.bucket_stats.bytes is 'Bytes of their values.';

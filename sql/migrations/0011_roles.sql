@@ -26,19 +26,20 @@ set search_path = pg_catalog, pg_temp as $$
     ('{worker}', 'execute', '{presence_class,new_instance,register_responders,sign_of_life,claim_requests,reply_to_request}'),
 
     ('{worker,reader,admin}', 'execute', '{kv_get,kv_get_many,kv_keys}'),
-    ('{reader,admin}', 'select', '{queue_stats,consumer_stats,job_details,message_details}'),
+    ('{reader,admin}', 'select', '{queue_stats,consumer_stats,job_details,message_details,bucket_stats}'),
     ('{reader,admin}', 'execute', '{as_text}'),
 
     ('{admin}', 'execute', '{retry_dead,delete_durable,rebase}'),
+    ('{admin}', 'execute', '{retry_job,cancel_job,remove_job,purge_queue,pause_queue,resume_queue,seek_durable,purge_messages,purge_messages_from}'),
     ('{admin}', 'execute', '{elect_maintainer,resign_maintainer,reap_jobs,reap_deliveries,kv_expire,prune_messages,prune_kv,prune_rest}'),
 
     -- The owner's alone: what the others are made of.
     ('{owner}', 'execute', '{role_rights,grant_role,revoke_role,create_roles,revoke_public,schema_name}'),
-    ('{owner}', 'execute', '{filter_pattern,check_subject,check_name,check_key,check_headers,check_payload}'),
+    ('{owner}', 'execute', '{filter_pattern,check_subject,check_filter,check_name,check_key,check_headers,check_payload}'),
     ('{owner}', 'execute', '{cursor_snapshot,window_has_message,creation_lock,settle_deliveries,extend_waiting}'),
     ('{owner}', 'execute', '{settle_jobs,bury_jobs,look_is_due,look_for_heads,head_before,move_head,next_job_at}'),
     ('{owner}', 'execute', '{dedup_lives,grant_lease,live_responders}'),
-    ('{owner}', 'select', '{messages,message_ids,consumer_offsets,deliveries,kv_entries,kv_changes,kv_horizons,kv_leases,jobs,job_heads,responders,requests,replies,migrations_lock}'),
+    ('{owner}', 'select', '{messages,message_ids,consumer_offsets,deliveries,kv_entries,kv_changes,kv_horizons,kv_leases,jobs,job_heads,paused_queues,responders,requests,replies,migrations_lock}'),
     ('{owner}', 'usage', '{message_seq,kv_revision,lease_fence,job_id,instance_id,consumer_offsets_id_seq,job_heads_seq_seq,responders_id_seq}')
   ) as r(kinds, may, names),
   unnest(r.kinds) as k(kind),

@@ -113,7 +113,12 @@ export function checkSubscription(filter: string, options: Partial<Omit<Subscrib
   if (maxDeliver !== undefined) checkInteger('maxDeliver', maxDeliver, 1, MAX_DURATION_MS)
   checkInteger('maxAckPending', maxAckPending, 1, MAX_DURATION_MS)
   checkInteger('maxInFlight', maxInFlight, 1, 100_000)
-  return { ackWaitMs, maxDeliver: maxDeliver ?? null, maxAckPending, maxInFlight, start: reading('start', start, () => startOf(start)) }
+  return { ackWaitMs, maxDeliver: maxDeliver ?? null, maxAckPending, maxInFlight, start: checkStart(start) }
+}
+
+/** @throws invalid_argument */
+export function checkStart(start: unknown): CheckedSubscription['start'] {
+  return reading('start', start, () => startOf(start))
 }
 
 function startOf(start: unknown): CheckedSubscription['start'] {

@@ -1,4 +1,5 @@
 export * from './admin.ts'
+export * from './admin-calls.ts'
 export * from './calls.ts'
 export * from './checks.ts'
 export * from './codec.ts'

@@ -5,6 +5,8 @@
  * Durations are integers in milliseconds, 0 to 2,147,483,647. Every rejection is a {@link BusError}.
  */
 
+import type { Admin } from './admin.ts'
+
 /** Names are printable ASCII without `:` and space, case-sensitive; values hold no CR, LF or NUL; together at most 64 KiB. */
 export type Headers = Readonly<Record<string, string>>
 /** A string is stored as its UTF-8 bytes. */
@@ -38,12 +40,14 @@ export interface Capabilities {
   readonly priorities: boolean
 }
 
-/** The bus: four interfaces and one life. */
+/** The bus: four interfaces, what an operator needs, and one life. */
 export interface Bus<Tx = never> extends AsyncDisposable {
   readonly pubsub: Pubsub<Tx>
   readonly requestReply: RequestReply
   readonly kv: KvStore<Tx>
   readonly jobs: JobQueue<Tx>
+  /** What an operator does: look, retry, cancel, remove, pause, seek, purge. */
+  readonly admin: Admin
   readonly supports: Capabilities
   /** Idempotent. Stops streams, responders and workers, and hands everything unsettled back at once. */
   close(): Promise<void>

@@ -13,6 +13,7 @@ import {
   reading,
 } from '../core/index.ts'
 import type { Clock } from '../runtime/clock.ts'
+import { MemoryAdmin } from './admin.ts'
 import type { Context } from './context.ts'
 import type { DeadJob } from './job-table.ts'
 import { MemoryJobs } from './jobs.ts'
@@ -58,6 +59,7 @@ export class MemoryBus implements Bus<never> {
   readonly requestReply: MemoryRequestReply
   readonly kv: MemoryKv
   readonly jobs: MemoryJobs
+  readonly admin: MemoryAdmin
   readonly supports: Capabilities = SUPPORTS
   readonly #context: Context
   #closing: Promise<void> | undefined
@@ -90,6 +92,7 @@ export class MemoryBus implements Bus<never> {
     this.requestReply = new MemoryRequestReply(this.#context)
     this.kv = new MemoryKv(this.#context)
     this.jobs = new MemoryJobs(this.#context)
+    this.admin = new MemoryAdmin(this.#context)
   }
 
   /** The dead jobs of a queue, the longest dead first (J4). */

@@ -4,7 +4,7 @@
  * growing.
  */
 
-import { casConflict, type KvChange, type KvEntry, matches, type Revision } from '../core/index.ts'
+import { type BucketInfo, casConflict, type KvChange, type KvEntry, matches, type Revision } from '../core/index.ts'
 import type { Bell } from '../runtime/bell.ts'
 import type { Clock } from '../runtime/clock.ts'
 import { type Alarm, type Alarms, alarm } from './alarms.ts'
@@ -91,6 +91,14 @@ export class Entries {
   keys(bucket: string, filter: string | undefined): string[] {
     const keys = [...(this.#buckets.get(bucket)?.keys() ?? [])]
     return keys.filter((key) => (filter === undefined || matches(filter, key)) && this.#present(bucket, key) !== undefined)
+  }
+
+  buckets(): BucketInfo[] {
+    const infos = [...this.#buckets.keys()].map((bucket): BucketInfo => {
+      const values = this.keys(bucket, undefined).map((key) => this.#buckets.get(bucket)?.get(key)?.value.byteLength ?? 0)
+      return { bucket, keys: values.length, bytes: values.reduce((sum, bytes) => sum + bytes, 0) }
+    })
+    return infos.filter(({ keys }) => keys > 0)
   }
 
   /** The present entries, and from then on every change is pushed. @returns how to stop it */

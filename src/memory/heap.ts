@@ -18,6 +18,11 @@ export class Heap<T extends Slotted> {
     return this.#items.length
   }
 
+  /** In no order. It may be changed meanwhile. */
+  items(): T[] {
+    return [...this.#items]
+  }
+
   peek(): T | undefined {
     return this.#items[0]
   }

@@ -8,7 +8,20 @@
  * and goes away when it is acked. A job that is claimed has a token, which every settlement of that claim must show.
  */
 
-import { type CheckedJob, DEDUP_WINDOW_MS, type Headers, type JobId } from '../core/index.ts'
+import {
+  type CheckedJob,
+  type CheckedListing,
+  DEDUP_WINDOW_MS,
+  type Headers,
+  type JobDetails,
+  type JobId,
+  type JobInfo,
+  type JobState,
+  jobRuns,
+  noSuchJob,
+  type PurgeableState,
+  type QueueInfo,
+} from '../core/index.ts'
 import type { Bell } from '../runtime/bell.ts'
 import type { Claim } from '../runtime/claimed-job.ts'
 import type { Clock } from '../runtime/clock.ts'
@@ -37,6 +50,9 @@ interface JobRow extends Slotted {
   /** The `order` of that. */
   dueOrder: number
   lastError: string | undefined
+  workerId: string | undefined
+  /** By the clock's `now()`, as all of these. */
+  readonly enqueuedAt: number
   /** By the clock's `now()`; `undefined` while it is not dead. */
   diedAt: number | undefined
   /** Set while its last attempt is under way. */
@@ -84,6 +100,8 @@ export class JobTable {
   readonly #entries: Entries
   readonly #queues = new Map<string, Queue>()
   readonly #jobs = new Map<JobId, JobRow>()
+  /** When each was paused. */
+  readonly #paused = new Map<string, Date>()
   #lastNumber = 0
   #lastToken = 0
   #lastOrder = 0
@@ -119,9 +137,9 @@ export class JobTable {
     return ids
   }
 
-  claim(queueName: string, ttlMs: number, limit: number): MemoryClaim[] {
+  claim(queueName: string, workerId: string, ttlMs: number, limit: number): MemoryClaim[] {
     const queue = this.#queues.get(queueName)
-    if (!queue) return []
+    if (!queue || this.#paused.has(queueName)) return []
     this.#ripen(queue)
     const claims: MemoryClaim[] = []
     for (const priority of [...queue.ready.keys()].sort((a, b) => b - a)) {
@@ -134,7 +152,7 @@ export class JobTable {
         rows.push(row)
       }
       // What is claimed together waits again together: then the oldest first.
-      const claimed = new Map(rows.toSorted((a, b) => a.number - b.number).map((row) => [row, this.#claimRow(row, ttlMs)]))
+      const claimed = new Map(rows.toSorted((a, b) => a.number - b.number).map((row) => [row, this.#claimRow(row, workerId, ttlMs)]))
       claims.push(...rows.map((row) => claimed.get(row) as MemoryClaim))
     }
     return claims
@@ -143,7 +161,7 @@ export class JobTable {
   /** When the next job becomes claimable; `null`: there is none. */
   nextInMs(queueName: string): number | null {
     const queue = this.#queues.get(queueName)
-    if (!queue) return null
+    if (!queue || this.#paused.has(queueName)) return null
     if (queue.ready.size > 0) return 0
     const next = queue.waiting.peek()
     return next ? Math.max(0, next.visibleAt - this.#clock.now()) : null
@@ -218,7 +236,7 @@ export class JobTable {
   }
 
   /** Puts dead jobs back with all their attempts; answers how many. */
-  retryDead(queueName: string, id: JobId | undefined): number {
+  retryDead(queueName: string, id?: JobId): number {
     const queue = this.#queues.get(queueName)
     if (!queue) return 0
     const rows = [...queue.dead.values()].filter((row) => id === undefined || row.id === id)
@@ -226,14 +244,136 @@ export class JobTable {
       queue.dead.delete(row.id)
       row.diedAt = undefined
       row.attempts = 0
-      row.visibleAt = this.#clock.now()
-      row.dueAt = row.visibleAt
-      row.order = ++this.#lastOrder
-      row.dueOrder = row.order
-      queue.waiting.push(row)
+      this.#wait(row)
     }
     if (rows.length > 0) this.#ring(queueName)
     return rows.length
+  }
+
+  /** @throws not_found, conflict */
+  retry(id: JobId): void {
+    const row = this.#existing(id)
+    const state = this.#stateOf(row)
+    if (state === 'running') throw jobRuns(id)
+    if (state === 'dead') this.retryDead(row.queue.name, id)
+    else if (state === 'scheduled') {
+      this.#leave(row)
+      this.#wait(row)
+      this.#ring(row.queue.name)
+    }
+  }
+
+  /** @throws not_found */
+  cancel(id: JobId, reason: string): void {
+    const row = this.#existing(id)
+    if (row.diedAt === undefined) this.#bury(row, reason)
+  }
+
+  /** @throws not_found, conflict */
+  remove(id: JobId): void {
+    const row = this.#existing(id)
+    if (this.#stateOf(row) === 'running') throw jobRuns(id)
+    this.#drop(row)
+  }
+
+  purge(queueName: string, states: readonly PurgeableState[]): number {
+    const rows = this.#all().filter((row) => row.queue.name === queueName && states.some((state) => state === this.#stateOf(row)))
+    for (const row of rows) this.#drop(row)
+    return rows.length
+  }
+
+  pause(queueName: string): void {
+    if (!this.#paused.has(queueName)) this.#paused.set(queueName, this.#clock.date())
+  }
+
+  resume(queueName: string): void {
+    if (this.#paused.delete(queueName)) this.#ring(queueName)
+  }
+
+  queues(): QueueInfo[] {
+    const counts = new Map<string, Record<JobState, number> & { oldest: number }>()
+    const countsOf = (queueName: string) => {
+      const known = counts.get(queueName) ?? { ready: 0, scheduled: 0, running: 0, dead: 0, oldest: Number.POSITIVE_INFINITY }
+      counts.set(queueName, known)
+      return known
+    }
+    for (const row of this.#all()) {
+      const known = countsOf(row.queue.name)
+      const state = this.#stateOf(row)
+      known[state]++
+      if (state === 'ready') known.oldest = Math.min(known.oldest, row.visibleAt)
+    }
+    for (const queueName of this.#paused.keys()) countsOf(queueName)
+    return [...counts].map(([queue, { oldest, ...states }]) => {
+      const pausedAt = this.#paused.get(queue)
+      return {
+        queue,
+        ...states,
+        ...(oldest === Number.POSITIVE_INFINITY ? {} : { oldestReadyAt: this.#dateOf(oldest) }),
+        ...(pausedAt === undefined ? {} : { pausedAt: new Date(pausedAt) }),
+      }
+    })
+  }
+
+  list({ queue, state, after }: CheckedListing): JobInfo[] {
+    const rows = this.#all().filter(
+      (row) =>
+        (queue === undefined || row.queue.name === queue) &&
+        (state === undefined || this.#stateOf(row) === state) &&
+        (after === undefined || row.number > Number(after)),
+    )
+    return rows.map((row) => this.#infoOf(row))
+  }
+
+  details(id: JobId): JobDetails | null {
+    const row = this.#all().find((one) => one.id === id)
+    return row ? { ...this.#infoOf(row), headers: row.headers, payload: row.payload.slice() } : null
+  }
+
+  /** By their ids. What is due, and after its last attempt, is dead by now. */
+  #all(): JobRow[] {
+    for (const queue of this.#queues.values()) this.#ripen(queue)
+    return [...this.#jobs.values()]
+  }
+
+  #existing(id: JobId): JobRow {
+    const row = this.#all().find((one) => one.id === id)
+    if (!row) throw noSuchJob(id)
+    return row
+  }
+
+  #stateOf(row: JobRow): JobState {
+    if (row.diedAt !== undefined) return 'dead'
+    if (row.visibleAt <= this.#clock.now()) return 'ready'
+    return row.token === 0 ? 'scheduled' : 'running'
+  }
+
+  #infoOf(row: JobRow): JobInfo {
+    return {
+      id: row.id,
+      queue: row.queue.name,
+      state: this.#stateOf(row),
+      priority: row.priority,
+      attempts: row.attempts,
+      maxAttempts: row.maxAttempts,
+      enqueuedAt: this.#dateOf(row.enqueuedAt),
+      runAt: this.#dateOf(row.dueAt),
+      ...(row.token === 0 ? {} : { leasedUntil: this.#dateOf(row.visibleAt) }),
+      ...(row.workerId === undefined ? {} : { workerId: row.workerId }),
+      ...(row.dedupKey === undefined ? {} : { dedupKey: row.dedupKey }),
+      ...(row.lastError === undefined ? {} : { lastError: row.lastError }),
+      ...(row.diedAt === undefined ? {} : { diedAt: this.#dateOf(row.diedAt) }),
+      payloadBytes: row.payload.byteLength,
+    }
+  }
+
+  /** Due now. */
+  #wait(row: JobRow): void {
+    row.visibleAt = this.#clock.now()
+    row.dueAt = row.visibleAt
+    row.order = ++this.#lastOrder
+    row.dueOrder = row.order
+    row.queue.waiting.push(row)
   }
 
   pruneDead(olderThanMs: number): void {
@@ -276,6 +416,8 @@ export class JobTable {
       dueAt: now + delay,
       dueOrder: order,
       lastError: undefined,
+      workerId: undefined,
+      enqueuedAt: now,
       diedAt: undefined,
       slot: -1,
       alarm: alarm(() => this.#bury(row)),
@@ -298,8 +440,9 @@ export class JobTable {
     }
   }
 
-  #claimRow(row: JobRow, ttlMs: number): MemoryClaim {
+  #claimRow(row: JobRow, workerId: string, ttlMs: number): MemoryClaim {
     row.attempts++
+    row.workerId = workerId
     row.token = ++this.#lastToken
     row.visibleAt = this.#clock.now() + ttlMs
     row.order = ++this.#lastOrder
@@ -363,6 +506,7 @@ export class JobTable {
     this.#leave(row)
     this.#alarms.clear(row.alarm)
     row.token = 0
+    row.queue.dead.delete(row.id)
     this.#jobs.delete(row.id)
   }
 

@@ -71,7 +71,7 @@ export class MemoryJobs implements JobQueue {
       signal,
       ear: store.bell.listen({ kind: 'queue', name: queue }),
       attempt: async () => {
-        const jobs = await this.#claim(queue, leaseTtlMs, limit)
+        const jobs = await this.#claim(queue, workerId, leaseTtlMs, limit)
         return jobs.length > 0 ? jobs : undefined
       },
       pauseMs: async () => store.jobs.nextInMs(queue) ?? POLL_INTERVAL_MS,
@@ -93,7 +93,7 @@ export class MemoryJobs implements JobQueue {
     return store.jobs.enqueue(queue, jobs, deadJobsMs)
   }
 
-  async #claim(queue: string, ttlMs: number, limit: number): Promise<HeldJob<MemoryClaim, never>[]> {
+  async #claim(queue: string, workerId: string, ttlMs: number, limit: number): Promise<HeldJob<MemoryClaim, never>[]> {
     const { store } = this.#context
     const askedAt = store.clock.now()
     await store.turn()
@@ -107,7 +107,7 @@ export class MemoryJobs implements JobQueue {
       isClosed: this.#context.isClosed,
       onEnd: this.#onEnd,
     }
-    const jobs = store.jobs.claim(queue, ttlMs, limit).map((claim) => new HeldJob<MemoryClaim, never>(claim, context))
+    const jobs = store.jobs.claim(queue, workerId, ttlMs, limit).map((claim) => new HeldJob<MemoryClaim, never>(claim, context))
     for (const job of jobs) this.#held.add(job)
     return jobs
   }

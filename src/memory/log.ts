@@ -13,8 +13,10 @@ import {
   type CheckedMessage,
   type CheckedSubscription,
   DUPLICATE_WINDOW_MS,
+  type DurableInfo,
   type Headers,
   matches,
+  noSuchDurable,
   type PubAck,
 } from '../core/index.ts'
 import type { Bell } from '../runtime/bell.ts'
@@ -31,6 +33,8 @@ interface StoredMessage {
   readonly publishedAt: number
   /** Durables that have it handed out or waiting: it is not removed. */
   unsettled: number
+  /** Whoever holds it may settle it; nobody gets it again. */
+  purged: boolean
 }
 
 interface Unsettled extends Slotted {
@@ -50,8 +54,9 @@ interface Unsettled extends Slotted {
 export interface Durable {
   readonly name: string
   readonly filter: string
-  readonly startSeq: number
-  readonly startTime: number
+  startSeq: number
+  startTime: number
+  lastActiveAt: number
   /** An index: what is before it was handed out, or passed over. */
   next: number
   readonly unsettled: Heap<Unsettled>
@@ -122,9 +127,8 @@ export class Log {
     const durable: Durable = {
       name,
       filter,
-      startSeq: typeof start === 'object' && 'seq' in start ? start.seq : 0,
-      startTime: typeof start === 'object' && 'time' in start ? start.time.getTime() : Number.NEGATIVE_INFINITY,
-      next: start === 'new' ? this.#messages.length : 0,
+      ...this.#positionOf(start),
+      lastActiveAt: this.#clock.date().getTime(),
       unsettled: new Heap((a, b) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.order < b.order)),
       deleted: false,
     }
@@ -134,12 +138,50 @@ export class Log {
 
   /** @throws not_found */
   deleteDurable(name: string): void {
-    const durable = this.#durables.get(name)
-    if (!durable) throw new BusError('not_found', `durable "${name}" does not exist`)
+    const durable = this.#existing(name)
     durable.deleted = true
     this.#durables.delete(name)
-    for (let one = durable.unsettled.peek(); one; one = durable.unsettled.peek()) this.#end(durable, one)
+    this.#forget(durable)
     this.#bell.ring([{ kind: 'durable', name }])
+  }
+
+  /** @throws not_found */
+  seek(name: string, start: CheckedSubscription['start']): void {
+    const durable = this.#existing(name)
+    this.#forget(durable)
+    Object.assign(durable, this.#positionOf(start))
+    this.#bell.ring([{ kind: 'durable', name }])
+  }
+
+  durables(): DurableInfo[] {
+    const now = this.#clock.now()
+    return [...this.#durables.values()].map((durable) => {
+      const unsettled = durable.unsettled.items()
+      const inFlight = unsettled.filter(({ token, visibleAt }) => token !== 0 && visibleAt > now).length
+      return {
+        durable: durable.name,
+        filter: durable.filter,
+        pending: this.#messages.slice(durable.next).filter((message) => isFor(durable, message)).length,
+        inFlight,
+        redelivering: unsettled.length - inFlight,
+        lastActiveAt: new Date(durable.lastActiveAt),
+      }
+    })
+  }
+
+  /** Removes what is stored, delivered or not. @returns how many */
+  purge(filter: string, before: Date | undefined): number {
+    const end = before?.getTime() ?? Number.POSITIVE_INFINITY
+    const gone = this.#messages.map(({ subject, publishedAt, purged }) => !purged && matches(filter, subject) && publishedAt < end)
+    const count = gone.filter(Boolean).length
+    if (count === 0) return 0
+    for (const [index, message] of this.#messages.entries()) message.purged ||= gone[index] as boolean
+    for (const durable of this.#durables.values()) {
+      durable.next -= gone.slice(0, durable.next).filter(Boolean).length
+      for (const one of durable.unsettled.items()) if (one.message.purged && one.token === 0) this.#end(durable, one)
+    }
+    this.#messages = this.#messages.filter((_, index) => !gone[index])
+    return count
   }
 
   /**
@@ -150,9 +192,11 @@ export class Log {
     if (durable.deleted) throw new BusError('not_found', 'the durable does not exist; it was deleted')
     const { unsettled } = durable
     const now = this.#clock.now()
+    durable.lastActiveAt = this.#clock.date().getTime()
     const fetched: Unsettled[] = []
     for (let one = unsettled.peek(); one && one.visibleAt <= now && fetched.length < limit; one = unsettled.peek()) {
-      if (one.final) this.#bury(durable, one)
+      if (one.message.purged) this.#end(durable, one)
+      else if (one.final) this.#bury(durable, one)
       else {
         this.#handOut(durable, one, subscription)
         unsettled.moved(one)
@@ -169,7 +213,7 @@ export class Log {
     let room = Math.min(limit - fetched.length, subscription.maxAckPending - unsettled.size)
     while (room > 0 && durable.next < this.#messages.length) {
       const message = this.#messages[durable.next++] as StoredMessage
-      if (message.seq < durable.startSeq || message.publishedAt < durable.startTime || !matches(durable.filter, message.subject)) continue
+      if (!isFor(durable, message)) continue
       const one: Unsettled = {
         message,
         attempt: 0,
@@ -251,8 +295,35 @@ export class Log {
   }
 
   #append(subject: string, payload: Uint8Array, headers: Headers): number {
-    this.#messages.push({ seq: ++this.#lastSeq, subject, payload, headers, publishedAt: this.#clock.date().getTime(), unsettled: 0 })
+    this.#messages.push({
+      seq: ++this.#lastSeq,
+      subject,
+      payload,
+      headers,
+      publishedAt: this.#clock.date().getTime(),
+      unsettled: 0,
+      purged: false,
+    })
     return this.#lastSeq
+  }
+
+  #existing(name: string): Durable {
+    const durable = this.#durables.get(name)
+    if (!durable) throw noSuchDurable(name)
+    return durable
+  }
+
+  #positionOf(start: CheckedSubscription['start']): Pick<Durable, 'startSeq' | 'startTime' | 'next'> {
+    return {
+      startSeq: typeof start === 'object' && 'seq' in start ? start.seq : 0,
+      startTime: typeof start === 'object' && 'time' in start ? start.time.getTime() : Number.NEGATIVE_INFINITY,
+      next: start === 'new' ? this.#messages.length : 0,
+    }
+  }
+
+  /** What its members hold is not theirs any more. */
+  #forget(durable: Durable): void {
+    for (let one = durable.unsettled.peek(); one; one = durable.unsettled.peek()) this.#end(durable, one)
   }
 
   #known(msgId: string): number | undefined {
@@ -292,6 +363,7 @@ export class Log {
   #bury(durable: Durable, one: Unsettled): void {
     const { message, attempt } = one
     this.#end(durable, one)
+    if (message.purged) return
     this.publishLetter(
       `${durable.name}.dlq`,
       message.payload,
@@ -306,6 +378,10 @@ export class Log {
     // It made room in maxAckPending.
     this.#bell.ring([{ kind: 'durable', name: durable.name }])
   }
+}
+
+function isFor({ startSeq, startTime, filter }: Durable, { seq, publishedAt, subject }: StoredMessage): boolean {
+  return seq >= startSeq && publishedAt >= startTime && matches(filter, subject)
 }
 
 function holding({ unsettled, token }: MemoryDelivery): Unsettled | undefined {

@@ -14,6 +14,7 @@ import {
 } from '../core/index.ts'
 import { Bell } from '../runtime/bell.ts'
 import { type Clock, systemClock } from '../runtime/clock.ts'
+import { PostgresAdmin } from './admin.ts'
 import type { Context } from './context.ts'
 import { configOf, Database, type PostgresTx } from './database.ts'
 import { PostgresJobs } from './jobs.ts'
@@ -83,6 +84,7 @@ export class PostgresBus implements Bus<PostgresTx> {
   readonly requestReply: PostgresRequestReply
   readonly kv: PostgresKv
   readonly jobs: PostgresJobs
+  readonly admin: PostgresAdmin
   readonly supports: Capabilities = SUPPORTS
   readonly #context: Context
   readonly #listener: Listener
@@ -105,6 +107,7 @@ export class PostgresBus implements Bus<PostgresTx> {
     this.requestReply = new PostgresRequestReply(context, presence)
     this.kv = new PostgresKv(context)
     this.jobs = new PostgresJobs(context)
+    this.admin = new PostgresAdmin(context)
   }
 
   /**

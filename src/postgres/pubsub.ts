@@ -9,8 +9,10 @@ import {
   checkSignal,
   checkSubscription,
   type Headers,
+  isBusError,
   type Message,
   type MsgStream,
+  noSuchDurable,
   optionsOf,
   type Payload,
   type PubAck,
@@ -52,6 +54,18 @@ interface PgDelivery extends Delivery {
   readonly durable: string
   readonly consumer: number
   readonly token: string
+}
+
+/** A durable, as its members know it. */
+interface Consumer {
+  id: number
+  readonly madeAt: string
+}
+
+interface DurableRow extends Record<string, unknown> {
+  readonly id: number
+  readonly filter: string
+  readonly made_at: string
 }
 
 interface FetchRow extends Record<string, unknown> {
@@ -155,7 +169,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     this.#context.checkOpen()
     checkDurable(durable)
     const [gone] = await this.#context.db.query<{ done: boolean }>(DELETE_DURABLE, [durable], 'deleteDurable')
-    if (!gone?.done) throw new BusError('not_found', `durable "${durable}" does not exist`)
+    if (!gone?.done) throw noSuchDurable(durable)
     this.#context.ringer.ring([{ kind: 'durable', name: durable }])
   }
 
@@ -168,28 +182,27 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     if (!stream.holds) this.#streams.delete(stream)
   }
 
-  async #findOrCreate(filter: string, durable: string, { start }: CheckedSubscription): Promise<number> {
+  async #findOrCreate(filter: string, durable: string, { start }: CheckedSubscription): Promise<Consumer> {
     const seq = typeof start === 'object' && 'seq' in start ? start.seq : 0
     const time = typeof start === 'object' && 'time' in start ? start.time.getTime() : null
     for (;;) {
-      const [found] = await this.#context.db.query<{ id: number; filter: string }>(FIND_DURABLE, [durable], 'subscribe')
-      if (found?.filter === filter) return found.id
+      const found = await this.#find(durable, 'subscribe')
+      if (found?.filter === filter) return { id: found.id, madeAt: found.made_at }
       if (found) {
         throw new BusError(
           'conflict',
           `durable "${durable}" exists with the filter "${found.filter}", not "${filter}"; use another name, or delete it and lose its position`,
         )
       }
-      const [made] = await this.#context.db.query<{ id: number }>(
-        CREATE_DURABLE,
-        [durable, filter, seq, time, start === 'new'],
-        'subscribe',
-      )
-      if (made) return made.id
+      await this.#context.db.query(CREATE_DURABLE, [durable, filter, seq, time, start === 'new'], 'subscribe')
     }
   }
 
-  #backend(consumer: number, durable: string, subscription: CheckedSubscription): DeliveryBackend<PgDelivery, PostgresTx> {
+  async #find(durable: string, doing: string): Promise<DurableRow | undefined> {
+    return (await this.#context.db.query<DurableRow>(FIND_DURABLE, [durable], doing))[0]
+  }
+
+  #backend(consumer: Consumer, durable: string, subscription: CheckedSubscription): DeliveryBackend<PgDelivery, PostgresTx> {
     const { ackWaitMs } = subscription
     const rung: readonly Topic[] = [{ kind: 'durable', name: durable }]
     const ring = () => this.#context.ringer.ring(rung)
@@ -223,25 +236,28 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
     }
   }
 
-  async #fetch(
-    consumer: number,
-    durable: string,
-    limit: number,
-    { ackWaitMs, maxAckPending, maxDeliver }: CheckedSubscription,
-  ): Promise<Fetched<PgDelivery>> {
+  async #fetch(consumer: Consumer, durable: string, limit: number, subscription: CheckedSubscription): Promise<Fetched<PgDelivery>> {
     this.#context.checkOpen()
-    const rows = await this.#context.db.query<FetchRow>(
-      FETCH,
-      [consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES],
-      'fetch',
-    )
+    const { ackWaitMs, maxAckPending, maxDeliver } = subscription
+    const { id } = consumer
+    let rows: FetchRow[]
+    try {
+      rows = await this.#context.db.query<FetchRow>(FETCH, [id, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES], 'fetch')
+    } catch (error) {
+      if (!isBusError(error, 'not_found')) throw error
+      // A durable that was moved has another id; one that was deleted and made anew is another.
+      const moved = await this.#find(durable, 'fetch')
+      if (moved?.made_at !== consumer.madeAt || moved.id === id) throw error
+      consumer.id = moved.id
+      return this.#fetch(consumer, durable, limit, subscription)
+    }
     const end = rows.pop()
     // In a transaction of its own: what is published beside a cursor that moves is lost to it.
     // If it fails, what was fetched is still to be handed out: the next fetch tells again.
-    if (end?.final_due) await this.#bury(consumer, durable).catch(() => {})
+    if (end?.final_due) await this.#bury(id, durable).catch(() => {})
     const deliveries = rows.map(
       (row): PgDelivery => ({
-        consumer,
+        consumer: id,
         durable,
         token: row.token,
         seq: row.seq as number,

@@ -11,7 +11,7 @@ import { KINDS, LOGINS, type Login, RolesStage } from './support/roles-stage.ts'
 const CONNECT = { select: ['meta', 'migrations'], execute: ['restored'] }
 const PRODUCE = ['enqueue', 'enqueue_many', 'enqueue_one', 'pick_up_replies', 'publish', 'publish_many', 'send_request', 'withdraw_request']
 const LOOK = {
-  select: ['consumer_stats', 'job_details', 'message_details', 'queue_stats'],
+  select: ['bucket_stats', 'consumer_stats', 'job_details', 'message_details', 'queue_stats'],
   execute: ['as_text', 'kv_get', 'kv_get_many', 'kv_keys'],
 }
 
@@ -48,6 +48,8 @@ const EXPECTED: Readonly<Record<Login, { readonly select: readonly string[]; rea
       ...CONNECT.execute,
       ...LOOK.execute,
       ...['retry_dead', 'delete_durable', 'rebase', 'elect_maintainer', 'resign_maintainer'],
+      ...['retry_job', 'cancel_job', 'remove_job', 'purge_queue', 'pause_queue', 'resume_queue'],
+      ...['seek_durable', 'purge_messages', 'purge_messages_from'],
       ...['reap_jobs', 'reap_deliveries', 'kv_expire', 'prune_messages', 'prune_kv', 'prune_rest'],
     ],
   },

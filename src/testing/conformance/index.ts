@@ -14,6 +14,7 @@
  * needs up to 20 seconds on a busy machine: raise the limit of a runner that allows less.
  */
 
+import { adminTests } from './admin.ts'
 import { argumentTests } from './arguments.ts'
 import { dedupTests } from './dedup.ts'
 import { deliveryTests } from './delivery.ts'
@@ -53,6 +54,7 @@ export function conformance<Tx = never>(runner: ConformanceRunner, harness: Conf
     workerTests(suite)
     transactionTests(suite)
     transactionalSettlementTests(suite)
+    adminTests(suite)
     nameTests(suite)
     argumentTests(suite)
     lifecycleTests(suite)

@@ -211,8 +211,8 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [
       {
         file: PUBSUB,
-        find: '[consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES]',
-        replace: '[consumer, limit, ackWaitMs, maxAckPending, null, MAX_FETCH_BYTES]',
+        find: '[id, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES]',
+        replace: '[id, limit, ackWaitMs, maxAckPending, null, MAX_FETCH_BYTES]',
       },
     ],
     files: [POSTGRES],
@@ -327,8 +327,8 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [
       {
         file: PUBSUB,
-        find: '[consumer, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES]',
-        replace: '[consumer, limit, ackWaitMs, maxAckPending + 1_000, maxDeliver, MAX_FETCH_BYTES]',
+        find: '[id, limit, ackWaitMs, maxAckPending, maxDeliver, MAX_FETCH_BYTES]',
+        replace: '[id, limit, ackWaitMs, maxAckPending + 1_000, maxDeliver, MAX_FETCH_BYTES]',
       },
     ],
     files: [POSTGRES],
@@ -340,7 +340,7 @@ export const deliveryMutants: readonly Mutant[] = [
     rule: 'P11',
     guarantee: 'subscribing to a durable with another filter is a conflict',
     broken: 'whoever subscribes joins, whatever the filter',
-    edits: [{ file: PUBSUB, find: 'if (found?.filter === filter) return found.id', replace: 'if (found) return found.id' }],
+    edits: [{ file: PUBSUB, find: 'if (found?.filter === filter) return {', replace: 'if (found) return {' }],
     files: [POSTGRES],
     caughtBy: ['P11 a subscription with another filter is refused'],
     beside: ['P11 a subscription with the same filter joins the durable'],
