@@ -11,6 +11,8 @@ import { type Actor, type Load, quantile, range, type Scenario } from '../scenar
 
 const MAX = 200
 const PACE_MS = 500
+/** Not measured: 32 buses open their connections at once, and 8 processes compile what they run. */
+const WARM_TURNS = 6
 
 interface Given {
   readonly url: string
@@ -83,7 +85,9 @@ const actors = {
         count(calls, what)
         under.push(
           call(turn).then(
-            () => void mine.push(performance.now() - began),
+            () => {
+              if (turn >= WARM_TURNS) mine.push(performance.now() - began)
+            },
             (error) => count(errors, `${what}: ${codeOf(error)}`),
           ),
         )
@@ -203,8 +207,9 @@ async function busy({ client, ledger, size, start }: Load): Promise<void> {
   )
   for (const what of ['publish', 'enqueue', 'put', 'request']) {
     const latencies = answers.flatMap((answer) => answer.latencies[what] ?? [])
-    ledger.measure(`${what}, ${Math.round(latencies.length / seconds)} a second, p50`, quantile(latencies, 0.5), 'ms')
-    ledger.measure(`${what}, p99`, quantile(latencies, 0.99), 'ms', { atMost: 250, why: 'a user does not see it' })
+    ledger.measure(`${what}, ${Math.round((processes * buses * 1_000) / PACE_MS)} a second, p50`, quantile(latencies, 0.5), 'ms')
+    const [atMost, why] = what === 'request' ? [1_000, 'two wake-ups and four statements'] : [250, 'a user does not see it']
+    ledger.measure(`${what}, p99`, quantile(latencies, 0.99), 'ms', { atMost, why })
   }
   const missing = total(({ calls, seen }) => Math.abs((calls.publish ?? 0) - seen.messages) + Math.abs((calls.enqueue ?? 0) - seen.jobs))
   ledger.exactly('messages and jobs that did not come, or came twice', missing, 0, 'nothing lost')
@@ -224,8 +229,10 @@ async function crowd({ client, ledger, size, start }: Load): Promise<void> {
   const processes = size(10, 6)
   const buses = 40
   const staying = 2
-  const casts = range(processes).map((index) => start('crowd', { name: `c${index}`, buses }))
-  for (const cast of casts) await cast.told('begun')
+  const enter = (index: number) => start('crowd', { name: `c${index}`, buses })
+  // Those that are looked at come last, to a server that is full.
+  const first = range(processes - staying).map(enter)
+  for (const cast of first) await cast.told('begun')
   const connected = async () => {
     const { rows } = await client.query<{ n: number }>(
       `select count(*)::int as n from pg_stat_activity where backend_type = 'client backend'`,
@@ -240,13 +247,14 @@ async function crowd({ client, ledger, size, start }: Load): Promise<void> {
     },
     { timeoutMs: 60_000, everyMs: 200 },
   ).catch(() => {})
+  const rest = range(staying).map((index) => enter(processes - staying + index))
+  for (const cast of rest) await cast.told('begun')
   await sleep(size(15, 4) * 1_000)
   ledger.measure(`connections while ${processes * buses} clients want ${2 * processes * buses}`, most, '', {
     atLeast: MAX - 20,
     why: `all of max_connections = ${MAX}, but for those that just come and go`,
   })
-  for (const cast of casts.slice(staying)) await cast.child.kill()
-  const rest = casts.slice(0, staying)
+  for (const cast of first) await cast.child.kill()
   for (const cast of rest) cast.cue()
   const told = await Promise.all(rest.map(async (cast) => ({ codes: await cast.told<Record<string, number>>('codes') })))
   const codes: Record<string, number> = {}
