@@ -11,6 +11,8 @@ export {
   type DurableInfo,
   decode,
   encode,
+  type Finding,
+  type FindingLevel,
   type Headers,
   isBusError,
   type Job,
@@ -49,6 +51,7 @@ export {
   type SubscribeOptions,
   type TxOption,
 } from './core/index.ts'
-export { PostgresBus, type PostgresBusOptions } from './postgres/bus.ts'
+export { type DiagnoseOptions, PostgresBus, type PostgresBusOptions } from './postgres/bus.ts'
 export type { PostgresTx, QueryableTx } from './postgres/database.ts'
+export type { DiagnosisThresholds } from './postgres/diagnosis.ts'
 export { type JobHandler, type StopOptions, Worker, type WorkerOptions } from './runtime/worker.ts'

@@ -7,6 +7,7 @@ import {
   checkInteger,
   closedError,
   DEFAULT_MAX_PAYLOAD_BYTES,
+  type Finding,
   invalid,
   LARGEST_MAX_PAYLOAD_BYTES,
   optionsOf,
@@ -17,6 +18,7 @@ import { type Clock, systemClock } from '../runtime/clock.ts'
 import { PostgresAdmin } from './admin.ts'
 import type { Context } from './context.ts'
 import { configOf, Database, type PostgresTx } from './database.ts'
+import { type DiagnosisThresholds, diagnose } from './diagnosis.ts'
 import { PostgresJobs } from './jobs.ts'
 import { PostgresKv } from './kv.ts'
 import { Listener } from './listener.ts'
@@ -59,6 +61,11 @@ export interface PostgresBusOptions {
   readonly pollIntervalMs?: number
   /** What its own waits and deadlines go by, apart from the server's clock; for tests that move both. @internal */
   readonly clock?: Clock
+}
+
+export interface DiagnoseOptions extends Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema' | 'listenConnectionString'> {
+  /** From when on a thing is worth telling. */
+  readonly thresholds?: DiagnosisThresholds
 }
 
 const DEFAULT_RETENTION = { messagesMs: 7 * 24 * 60 * 60 * 1_000, deadJobsMs: 14 * 24 * 60 * 60 * 1_000 }
@@ -185,17 +192,44 @@ export class PostgresBus implements Bus<PostgresTx> {
     const options = optionsOf(given, ['connectionString', 'pool', 'schema', 'check'])
     const { schema } = check(options)
     checkBoolean('check', options.check)
-    const ownsPool = options.pool === undefined
-    const sockets = new Sockets()
-    const pool =
-      options.pool ?? new pg.Pool({ ...connectionOf(options.connectionString), ...POOL_DEFAULTS, stream: sockets.stream, max: 1 })
-    const db = new Database(pool, ownsPool, schema, sockets)
+    const { pool, db } = openDatabase(options.pool, options.connectionString, schema)
     try {
       await db.open()
       if (!options.check) return await migrate(pool, schema)
       const state = await readSchemaState(pool, schema)
       if (state.unknown.length > 0) checkSchemaState(state, schema)
       return [...state.missing]
+    } finally {
+      await db.close()
+    }
+  }
+
+  /**
+   * Looks at the server and the schema without connecting a bus: version, rights, LISTEN, old snapshots, dead rows, the notification queue,
+   * durables that nobody reads, dead and waiting jobs. Changes nothing.
+   *
+   * @returns what was found, the good as well; what the role may not look at is a finding, too
+   * @throws invalid_argument, connection, unavailable, permission_denied where the server lets nobody in
+   */
+  static async diagnose(given: DiagnoseOptions = {}): Promise<Finding[]> {
+    const options = optionsOf(given, ['connectionString', 'pool', 'schema', 'listenConnectionString', 'thresholds'])
+    const { schema } = check(options)
+    const {
+      oldSnapshotMs = 300_000,
+      abandonedMs = 86_400_000,
+      waitingMs = 300_000,
+      deadRows = 10_000,
+    } = optionsOf(options.thresholds, ['oldSnapshotMs', 'abandonedMs', 'waitingMs', 'deadRows'], 'thresholds')
+    for (const [name, ms] of Object.entries({ oldSnapshotMs, abandonedMs, waitingMs, deadRows })) checkDuration(`thresholds.${name}`, ms)
+    const { pool, db } = openDatabase(options.pool, options.connectionString, schema)
+    try {
+      return await diagnose({
+        db,
+        schema,
+        thresholds: { oldSnapshotMs, abandonedMs, waitingMs, deadRows },
+        listens: () => listens(options.listenConnectionString, pool, db, schema),
+        readSchema: () => readSchemaState(pool, schema),
+      })
     } finally {
       await db.close()
     }
@@ -247,6 +281,27 @@ const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', k
 
 function connectionOf(connectionString: string | undefined): pg.ClientConfig {
   return connectionString === undefined ? {} : { connectionString }
+}
+
+/** For a look or a migration: one connection is enough. */
+function openDatabase(given: pg.Pool | undefined, connectionString: string | undefined, schema: string): { pool: pg.Pool; db: Database } {
+  const sockets = new Sockets()
+  const pool = given ?? new pg.Pool({ ...connectionOf(connectionString), ...POOL_DEFAULTS, stream: sockets.stream, max: 1 })
+  return { pool, db: new Database(pool, given === undefined, schema, sockets) }
+}
+
+/** Whether a session hears what another one sends; `undefined` where it could not be had. */
+async function listens(direct: string | undefined, pool: pg.Pool, db: Database, schema: string): Promise<boolean | undefined> {
+  const channel = channelOf(schema)
+  const listener = new Listener(direct === undefined ? configOf(pool) : connectionOf(direct), channel, {
+    notify: async (payload) => void (await db.query('select pg_notify($1, $2)', [channel, payload], 'listen')),
+    onNotification: () => {},
+    onConnected: () => {},
+  })
+  await listener.start(LISTEN_WAIT_MS)
+  const { state } = listener
+  await listener.close()
+  return state === 'connecting' ? undefined : state === 'listening'
 }
 
 const OPTIONS = [
