@@ -298,6 +298,18 @@ UNION ALL
            FROM klieo.jobs j
           WHERE (j.queue = p.queue))));
 
+CREATE OR REPLACE FUNCTION klieo.ack(id bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.check_holder('id', ack.id, ack.token);
+  return klieo.ack_job(ack.id, ack.token);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
@@ -375,6 +387,22 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.ack_message(durable text, seq bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_durable(ack_message.durable);
+  perform klieo.check_holder('seq', ack_message.seq, ack_message.token);
+  return exists (
+    select from klieo.find_durable(ack_message.durable) f
+    cross join lateral klieo.ack_deliveries(array[f.id], array[ack_message.seq], array[ack_message.token]) n);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.as_text(payload bytea)
  RETURNS text
  LANGUAGE plpgsql
@@ -386,6 +414,25 @@ begin
 exception
   when others then
     return null;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.bury(durable text, max_messages integer DEFAULT 1000)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+declare
+  v_id int;
+begin
+  perform klieo.check_durable(bury.durable);
+  perform klieo.check_number('max_messages', bury.max_messages, 1, 1000);
+  select f.id into v_id from klieo.find_durable(bury.durable) f;
+  if not found then
+    raise exception 'the durable does not exist' using errcode = 'KB001';
+  end if;
+  return klieo.bury_deliveries(v_id, bury.max_messages);
 end
 $function$;
 
@@ -504,6 +551,30 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.channel()
+ RETURNS text
+ LANGUAGE plpgsql
+ STABLE SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  return 'klieo_' || left(encode(sha256(convert_to(klieo.schema_name()::text, 'UTF8')), 'hex'), 16);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_durable(durable text)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if durable is null or durable !~ '^[A-Za-z0-9_-]{1,128}$' then
+    raise exception 'durable must be 1 to 128 characters of A-Z a-z 0-9 _ -' using errcode = '22023';
+  end if;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.check_filter(filter text)
  RETURNS void
  LANGUAGE plpgsql
@@ -542,6 +613,34 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.check_holder(argument text, id bigint, token uuid)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if id is null then
+    raise exception '% must not be null', argument using errcode = '22023';
+  elsif token is null then
+    raise exception 'token must not be null' using errcode = '22023';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_id(argument text, id text)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if id is null or length(id) not between 1 and 512 then
+    raise exception '% must be 1 to 512 characters', argument using errcode = '22023';
+  end if;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.check_key(bucket text, key text, writing boolean)
  RETURNS void
  LANGUAGE plpgsql
@@ -576,6 +675,19 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.check_number(argument text, value bigint, lowest bigint, highest bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if check_number.value is null or check_number.value not between check_number.lowest and check_number.highest then
+    raise exception '% must be from % to %', argument, check_number.lowest, check_number.highest using errcode = '22023';
+  end if;
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.check_payload(argument text, payload bytea)
  RETURNS void
  LANGUAGE plpgsql
@@ -604,6 +716,38 @@ begin
     raise exception 'subject must be 1 to 1024 bytes of tokens joined by ".", of printable ASCII without wildcards, the first token not beginning with $ or _INBOX'
       using errcode = '22023';
   end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.check_unwritten(what text)
+ RETURNS void
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  if pg_current_xact_id_if_assigned() is not null then
+    raise exception '% must not be in a transaction that has written: commit first', what using errcode = 'KB002';
+  end if;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.claim(queue text, worker_id text, lease_ttl_ms bigint DEFAULT 30000, max_jobs integer DEFAULT 1)
+ RETURNS TABLE(id bigint, payload bytea, headers jsonb, attempt integer, max_attempts integer, fence integer, token uuid, leased_until timestamp with time zone)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_name('queue', claim.queue);
+  perform klieo.check_id('worker_id', claim.worker_id);
+  perform klieo.check_number('lease_ttl_ms', claim.lease_ttl_ms, 0, 2147483647);
+  perform klieo.check_number('max_jobs', claim.max_jobs, 1, 1000);
+  perform klieo.check_unwritten('a claim');
+  return query
+    select c.id, c.payload, c.headers, c.attempt, c.max_attempts, c.fence, c.token, c.expires_at
+    from klieo.claim_jobs(claim.queue, claim.worker_id, claim.lease_ttl_ms, claim.max_jobs) c;
 end
 $function$;
 
@@ -722,6 +866,21 @@ begin
   return (
     select format('%s:%s:%s', least(pg_snapshot_xmin(v_now), v_own), pg_snapshot_xmax(v_now), string_agg(r.tx::text, ',' order by r.tx))::pg_snapshot
     from (select pg_snapshot_xip(v_now) as tx union select v_own) r);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.dead_letter(id bigint, token uuid, reason text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.check_holder('id', dead_letter.id, dead_letter.token);
+  if dead_letter.reason is null then
+    raise exception 'reason must not be null' using errcode = '22023';
+  end if;
+  return exists (select from klieo.dead_letter_jobs(array[dead_letter.id], array[dead_letter.token], array[dead_letter.reason]));
 end
 $function$;
 
@@ -1039,6 +1198,23 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.extend_message(durable text, seq bigint, token uuid, ack_wait_ms bigint DEFAULT 30000)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_durable(extend_message.durable);
+  perform klieo.check_holder('seq', extend_message.seq, extend_message.token);
+  perform klieo.check_number('ack_wait_ms', extend_message.ack_wait_ms, 1, 2147483647);
+  return exists (
+    select from klieo.find_durable(extend_message.durable) f
+    cross join lateral klieo.extend_deliveries(array[f.id], array[extend_message.seq], array[extend_message.token], array[extend_message.ack_wait_ms]) e);
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[])
  RETURNS TABLE(n integer, extended boolean)
  LANGUAGE plpgsql
@@ -1063,6 +1239,32 @@ begin
     extended := true;
     return next;
   end loop;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo."fetch"(durable text, max_messages integer DEFAULT 1, ack_wait_ms bigint DEFAULT 30000, max_deliver integer DEFAULT NULL::integer, max_ack_pending integer DEFAULT 1000)
+ RETURNS TABLE(seq bigint, subject text, headers jsonb, payload bytea, published_at timestamp with time zone, attempt integer, token uuid)
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+declare
+  v_id int;
+begin
+  perform klieo.check_durable("fetch".durable);
+  perform klieo.check_number('max_messages', "fetch".max_messages, 1, 1000);
+  perform klieo.check_number('ack_wait_ms', "fetch".ack_wait_ms, 1, 2147483647);
+  perform klieo.check_number('max_deliver', coalesce("fetch".max_deliver, 1), 1, 2147483647);
+  perform klieo.check_number('max_ack_pending', "fetch".max_ack_pending, 1, 2147483647);
+  select f.id into v_id from klieo.find_durable("fetch".durable) f;
+  if not found then
+    raise exception 'the durable does not exist' using errcode = 'KB001';
+  end if;
+  return query
+    select m.seq, m.subject, m.headers, m.payload, m.published_at, m.attempt, m.token
+    from klieo.fetch_messages(v_id, "fetch".max_messages, "fetch".ack_wait_ms, "fetch".max_ack_pending, "fetch".max_deliver, 16777216) m
+    where m.seq is not null;
 end
 $function$;
 
@@ -1386,6 +1588,19 @@ AS $function$
     when head_before.first < head_before.looked_at - interval '1 second' then head_before.first
     else least(head_before.first, head_before.looked_at) - interval '100 milliseconds'
   end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.heartbeat(id bigint, token uuid, lease_ttl_ms bigint DEFAULT 30000)
+ RETURNS timestamp with time zone
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.check_holder('id', heartbeat.id, heartbeat.token);
+  perform klieo.check_number('lease_ttl_ms', heartbeat.lease_ttl_ms, 0, 2147483647);
+  return (select h.until from klieo.heartbeat_job(heartbeat.id, heartbeat.token, heartbeat.lease_ttl_ms) h);
+end
 $function$;
 
 CREATE OR REPLACE FUNCTION klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean DEFAULT false)
@@ -1963,6 +2178,35 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.nak(id bigint, token uuid, delay_ms bigint DEFAULT NULL::bigint, error text DEFAULT NULL::text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET enable_seqscan TO 'off'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+#variable_conflict use_column
+declare
+  v_attempts int;
+  v_delay_ms bigint := nak.delay_ms;
+begin
+  perform klieo.check_holder('id', nak.id, nak.token);
+  if v_delay_ms is not null then
+    perform klieo.check_number('delay_ms', v_delay_ms, 0, 2147483647);
+  else
+    select j.attempts into v_attempts from klieo.jobs j where j.id = nak.id and j.token = nak.token;
+    if not found then
+      return false;
+    end if;
+    -- A second, doubled with each attempt up to an hour, and cut at random by up to half, so that what failed together does not
+    -- come back together.
+    v_delay_ms := round(least(3600000, 1000 * 2 ^ least(v_attempts - 1, 30)) * (0.5 + random() / 2));
+  end if;
+  return exists (select from klieo.nak_jobs(array[nak.id], array[nak.token], array[v_delay_ms], array[left(nak.error, 4000)]));
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean DEFAULT false)
  RETURNS SETOF integer
  LANGUAGE plpgsql
@@ -2026,6 +2270,23 @@ begin
     perform klieo.bury_jobs(v_ended, null);
   end if;
   return query select unnest(v_mine);
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.nak_message(durable text, seq bigint, token uuid, delay_ms bigint DEFAULT 0)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_durable(nak_message.durable);
+  perform klieo.check_holder('seq', nak_message.seq, nak_message.token);
+  perform klieo.check_number('delay_ms', nak_message.delay_ms, 0, 2147483647);
+  return exists (
+    select from klieo.find_durable(nak_message.durable) f
+    cross join lateral klieo.nak_deliveries(array[f.id], array[nak_message.seq], array[nak_message.token], array[nak_message.delay_ms]) n);
 end
 $function$;
 
@@ -2629,6 +2890,18 @@ begin
 end
 $function$;
 
+CREATE OR REPLACE FUNCTION klieo.release(id bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  perform klieo.check_holder('id', release.id, release.token);
+  return exists (select from klieo.release_jobs(array[release.id], array[release.token], array[false]));
+end
+$function$;
+
 CREATE OR REPLACE FUNCTION klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[])
  RETURNS SETOF integer
  LANGUAGE plpgsql
@@ -2711,6 +2984,22 @@ begin
   update klieo.kv_leases l
   set expires_at = '-infinity'
   where l.bucket = release_lease.bucket and l.key = release_lease.key and l.token = release_lease.token;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.release_message(durable text, seq bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+#variable_conflict use_column
+begin
+  perform klieo.check_durable(release_message.durable);
+  perform klieo.check_holder('seq', release_message.seq, release_message.token);
+  return exists (
+    select from klieo.find_durable(release_message.durable) f
+    cross join lateral klieo.release_deliveries(array[f.id], array[release_message.seq], array[release_message.token]) n);
 end
 $function$;
 
@@ -2925,9 +3214,12 @@ AS $function$
 
     ('{producer,worker}', 'execute', '{publish,publish_many,enqueue,enqueue_many,enqueue_one}'),
     ('{producer,worker}', 'execute', '{send_request,withdraw_request,pick_up_replies}'),
+    ('{producer,worker}', 'execute', '{channel}'),
 
     ('{worker}', 'execute', '{find_durable,create_durable,fetch_messages,bury_deliveries,ack_deliveries,nak_deliveries,extend_deliveries,release_deliveries,delivery_whereabouts}'),
     ('{worker}', 'execute', '{claim_jobs,take_jobs,ack_job,ack_jobs,nak_jobs,release_jobs,dead_letter_jobs,heartbeat_job,job_whereabouts}'),
+    ('{worker}', 'execute', '{claim,heartbeat,ack,nak,release,dead_letter}'),
+    ('{worker}', 'execute', '{subscribe,fetch,bury,ack_message,nak_message,term_message,extend_message,release_message}'),
     ('{worker}', 'execute', '{kv_put,kv_cas,kv_delete,kv_write,kv_write_soon,kv_entries_at,kv_changes_between}'),
     ('{worker}', 'execute', '{take_lease,lease_left,extend_lease,release_lease}'),
     ('{worker}', 'execute', '{presence_class,new_instance,register_responders,sign_of_life,claim_requests,reply_to_request}'),
@@ -2943,6 +3235,7 @@ AS $function$
     -- The owner's alone: what the others are made of.
     ('{owner}', 'execute', '{role_rights,grant_role,revoke_role,create_roles,revoke_public,schema_name}'),
     ('{owner}', 'execute', '{filter_pattern,check_subject,check_filter,check_name,check_key,check_headers,check_payload}'),
+    ('{owner}', 'execute', '{check_id,check_number,check_holder,check_durable,check_unwritten}'),
     ('{owner}', 'execute', '{cursor_snapshot,window_has_message,creation_lock,settle_deliveries,extend_waiting}'),
     ('{owner}', 'execute', '{settle_jobs,bury_jobs,look_is_due,look_for_heads,head_before,move_head,next_job_at}'),
     ('{owner}', 'execute', '{dedup_lives,grant_lease,live_responders}'),
@@ -3105,6 +3398,40 @@ begin
   where r.instance_id = sign_of_life.process;
   get diagnostics v_rows = row_count;
   return v_rows;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.subscribe(durable text, filter text, start text DEFAULT 'all'::text, start_seq bigint DEFAULT NULL::bigint, start_time timestamp with time zone DEFAULT NULL::timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+declare
+  v_filter text;
+begin
+  perform klieo.check_durable(subscribe.durable);
+  perform klieo.check_filter(subscribe.filter);
+  if subscribe.start is null or subscribe.start not in ('all', 'new') then
+    raise exception 'start must be all or new' using errcode = '22023';
+  elsif num_nonnulls(nullif(subscribe.start, 'all'), subscribe.start_seq, subscribe.start_time) > 1 then
+    raise exception 'start must be given once: as new, as start_seq or as start_time' using errcode = '22023';
+  elsif subscribe.start_seq is not null then
+    perform klieo.check_number('start_seq', subscribe.start_seq, 0, 9007199254740991);
+  end if;
+  loop
+    perform klieo.create_durable(subscribe.durable, subscribe.filter, subscribe.start_seq, subscribe.start_time, subscribe.start = 'new');
+    if found then
+      return true;
+    end if;
+    select f.filter into v_filter from klieo.find_durable(subscribe.durable) f;
+    -- Unless it was deleted between the two statements: once more.
+    exit when found;
+  end loop;
+  if v_filter <> subscribe.filter then
+    raise exception 'the durable exists with another filter' using errcode = 'KB005';
+  end if;
+  return false;
 end
 $function$;
 
@@ -3278,6 +3605,17 @@ begin
   return query
     select g.fence, g.expires_at
     from klieo.grant_lease(take_lease.bucket, take_lease.key, take_lease.token, take_lease.holder, take_lease.ttl_ms) g;
+end
+$function$;
+
+CREATE OR REPLACE FUNCTION klieo.term_message(durable text, seq bigint, token uuid)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+begin
+  return klieo.ack_message(term_message.durable, term_message.seq, term_message.token);
 end
 $function$;
 
@@ -3627,13 +3965,21 @@ comment on view klieo.message_details is 'A row per stored message.';
 
 comment on view klieo.queue_stats is 'A row per queue that holds jobs or is paused.';
 
+comment on function klieo."fetch"(durable text, max_messages integer, ack_wait_ms bigint, max_deliver integer, max_ack_pending integer) is 'Hands out messages of a durable: redeliveries that are due, then new ones, with about 16 MiB of payload; each comes with a token, without which nobody settles it. Commit before you begin to work.';
+
+comment on function klieo.ack(id bigint, token uuid) is 'Ends a job that is done, with the transaction; false: it is not yours any more, and nothing has changed.';
+
 comment on function klieo.ack_deliveries(consumers integer[], seqs bigint[], tokens uuid[], no_wait boolean) is 'Ends deliveries; answers the positions of those whose token was still valid.';
 
 comment on function klieo.ack_job(id bigint, token uuid) is 'Ends a job that is done; answers whether its token was still valid.';
 
 comment on function klieo.ack_jobs(ids bigint[], tokens uuid[], no_wait boolean) is 'Ends jobs that are done; answers those whose token was still valid.';
 
+comment on function klieo.ack_message(durable text, seq bigint, token uuid) is 'Ends a message for its durable, with the transaction; false: it is not yours any more, and nothing has changed.';
+
 comment on function klieo.as_text(payload bytea) is 'The bytes as UTF-8 text; null where they are none.';
+
+comment on function klieo.bury(durable text, max_messages integer) is 'Publishes on <durable>.dlq what was left unsettled at its last delivery (max_deliver), and ends it; answers how many. In a transaction of its own, never beside a fetch.';
 
 comment on function klieo.bury_deliveries(consumer integer, max_messages integer) is 'Publishes on <durable>.dlq what was left unsettled at its last delivery, and forgets it; answers how many. Must not share a transaction with fetch_messages.';
 
@@ -3641,17 +3987,31 @@ comment on function klieo.bury_jobs(ids bigint[], reason text) is 'Makes jobs, w
 
 comment on function klieo.cancel_job(id bigint, reason text) is 'Makes a job dead, whoever holds it, and publishes its dead letter. The outcome is cancelled; dead, which it was before; locked by an open transaction; or no row: there is no such job.';
 
+comment on function klieo.channel() is 'The channel to LISTEN on: what processes of the package commit is told there as JSON whose topics are texts like queue:mail and message:orders.created. A hint, which may come too often or never.';
+
+comment on function klieo.check_durable(durable text) is 'Raises 22023 unless it may name a durable.';
+
 comment on function klieo.check_filter(filter text) is 'Raises 22023 unless it may be a durable''s filter.';
 
 comment on function klieo.check_headers(headers jsonb) is 'Raises 22023 unless it is an object of strings with legal names and values.';
+
+comment on function klieo.check_holder(argument text, id bigint, token uuid) is 'Raises 22023 unless there is something to be settled, and a token.';
+
+comment on function klieo.check_id(argument text, id text) is 'Raises 22023 unless it is free text that may name something.';
 
 comment on function klieo.check_key(bucket text, key text, writing boolean) is 'Raises 22023 unless bucket and key are well-formed, and for writing not those of the bus.';
 
 comment on function klieo.check_name(argument text, name text) is 'Raises 22023 unless it may name a queue or bucket.';
 
+comment on function klieo.check_number(argument text, value bigint, lowest bigint, highest bigint) is 'Raises 22023 unless the value is in the range.';
+
 comment on function klieo.check_payload(argument text, payload bytea) is 'Raises 22023 for null and 54000 beyond 8 MiB.';
 
 comment on function klieo.check_subject(subject text) is 'Raises 22023 unless a message may be published there.';
+
+comment on function klieo.check_unwritten(what text) is 'Raises KB002 in a transaction that has written.';
+
+comment on function klieo.claim(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer) is 'Claims up to max_jobs jobs, best first, with about 16 MiB of payload; each comes with a token, without which nobody settles it. Commit before you begin to work.';
 
 comment on function klieo.claim_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint) is 'Claims up to max_jobs jobs for lease_ttl_ms, best first, with about max_bytes of payload; each comes with a token that its settlement needs.';
 
@@ -3664,6 +4024,8 @@ comment on function klieo.create_roles(prefix text) is 'Makes four roles without
 comment on function klieo.creation_lock() is 'The advisory lock that keeps pruning and the making of durables apart.';
 
 comment on function klieo.cursor_snapshot() is 'The present snapshot, with this transaction among the running ones.';
+
+comment on function klieo.dead_letter(id bigint, token uuid, reason text) is 'Makes a claimed job dead at once and publishes its dead letter with the reason. False: it is not yours any more, and nothing has changed.';
 
 comment on function klieo.dead_letter_jobs(ids bigint[], tokens uuid[], reasons text[], no_wait boolean) is 'Makes jobs dead, each for its reason; answers those whose token was still valid.';
 
@@ -3685,6 +4047,8 @@ comment on function klieo.extend_deliveries(consumers integer[], seqs bigint[], 
 
 comment on function klieo.extend_lease(bucket text, key text, token uuid, ttl_ms double precision) is 'Extends a lease of the token''s bearer; answers its end, or null when it is lost.';
 
+comment on function klieo.extend_message(durable text, seq bigint, token uuid, ack_wait_ms bigint) is 'Gives a handler ack_wait_ms from now on, never less than it had; false: the message is not yours any more.';
+
 comment on function klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, after whoever has locked the deliveries; answers the positions of those whose token is still valid then.';
 
 comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
@@ -3698,6 +4062,8 @@ comment on function klieo.grant_lease(bucket text, key text, token uuid, holder 
 comment on function klieo.grant_role(kind text, role text) is 'Gives a role the rights of a kind (producer, worker, reader or admin), besides those it has. For the owner of the schema; may be repeated.';
 
 comment on function klieo.head_before(first timestamp with time zone, looked_at timestamp with time zone) is 'The head to note after the first job was found there; null: none was.';
+
+comment on function klieo.heartbeat(id bigint, token uuid, lease_ttl_ms bigint) is 'Extends the lease of a claimed job to lease_ttl_ms from now, never shortening it; answers its end, or null when the job is not yours any more.';
 
 comment on function klieo.heartbeat_job(id bigint, token uuid, lease_ttl_ms bigint, no_wait boolean) is 'Extends a lease, never shortening it; answers its end and whether it could be extended, or no row when it is lost.';
 
@@ -3735,9 +4101,13 @@ comment on function klieo.look_is_due(looked_at timestamp with time zone, look_m
 
 comment on function klieo.move_head(queue text, priority smallint, begun_from timestamp with time zone, head timestamp with time zone) is 'Notes that the jobs of a priority begin later than a claim began from, or earlier.';
 
+comment on function klieo.nak(id bigint, token uuid, delay_ms bigint, error text) is 'Gives a job back after a failure, claimable after delay_ms (null: after a backoff), with the error in last_error; after its last attempt it is dead. False: it is not yours any more, and nothing has changed.';
+
 comment on function klieo.nak_deliveries(consumers integer[], seqs bigint[], tokens uuid[], delays_ms bigint[], no_wait boolean) is 'Gives deliveries back, to be handed out again after their delays; answers the positions of those whose token was still valid.';
 
 comment on function klieo.nak_jobs(ids bigint[], tokens uuid[], delays_ms bigint[], errors text[], no_wait boolean) is 'Puts jobs back, claimable after their delays; one whose attempts are used up is dead at once. Answers those whose token was still valid.';
+
+comment on function klieo.nak_message(durable text, seq bigint, token uuid, delay_ms bigint) is 'Gives a message back, to be handed out again after delay_ms; at its last delivery it goes to <durable>.dlq. False: it is not yours any more, and nothing has changed.';
 
 comment on function klieo.new_instance() is 'A number for a process that answers requests.';
 
@@ -3773,11 +4143,15 @@ comment on function klieo.rebase() is 'Makes the log of a restored database deli
 
 comment on function klieo.register_responders(process integer, filters text[], alive_ms double precision) is 'The responders of a process, anew. They count as live while it holds its lock, or, with alive_ms, for so long without another sign of life.';
 
+comment on function klieo.release(id bigint, token uuid) is 'Gives back a job whose handling has not begun, as if it had not been claimed. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
+
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
 comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted boolean[]) is 'Makes claimed jobs claimable again at once; one whose attempts are used up is dead. Those whose handling never began (counted is false) are as if they had not been claimed.';
 
 comment on function klieo.release_lease(bucket text, key text, token uuid) is 'Ends a lease of the token''s bearer.';
+
+comment on function klieo.release_message(durable text, seq bigint, token uuid) is 'Gives back a message whose handling has not begun, without counting the delivery. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
 
 comment on function klieo.remove_job(id bigint) is 'Removes a job that is not running. The outcome is removed; running, and nothing was changed; locked by an open transaction; or no row: there is no such job.';
 
@@ -3811,9 +4185,13 @@ comment on function klieo.settle_jobs(ids bigint[], tokens uuid[], no_wait boole
 
 comment on function klieo.sign_of_life(process integer, alive_ms double precision) is 'The responders of a process live on for alive_ms; answers how many there are: a server crash empties the table.';
 
+comment on function klieo.subscribe(durable text, filter text, start text, start_seq bigint, start_time timestamp with time zone) is 'Makes a durable unless there is one; answers whether it did. It begins with all that is stored, with what is new, at a seq or at a time; one that is there keeps its position.';
+
 comment on function klieo.take_jobs(queue text, worker_id text, lease_ttl_ms bigint, max_jobs integer, max_bytes bigint, horizon_ms bigint) is 'claim_jobs, and perhaps a last row without an id: fence is 1 when dead letters were published on the way; max_attempts is, when there was nothing to claim, the time in ms to the next job within horizon_ms.';
 
 comment on function klieo.take_lease(bucket text, key text, token uuid, holder text, ttl_ms double precision) is 'Grants a lease that nobody holds to the bearer of a token; no row: somebody does.';
+
+comment on function klieo.term_message(durable text, seq bigint, token uuid) is 'Ends a message that is never to come again to this durable, though nothing came of it; false: it is not yours any more, and nothing has changed.';
 
 comment on function klieo.window_has_message(lo pg_snapshot, hi pg_snapshot) is 'Whether hi sees any message that lo does not.';
 

@@ -13,7 +13,8 @@
 -- same name in a schema that comes first, or with arguments that match better, would be called instead (docs/adr/0010-roles.md).
 --
 -- SQLSTATEs of our own: KB001 the durable does not exist; KB002 must not run in a transaction that has written;
--- KB003 needs READ COMMITTED; KB004 the database was restored from a dump and needs klieo.rebase().
+-- KB003 needs READ COMMITTED; KB004 the database was restored from a dump and needs klieo.rebase(); KB005 the durable has
+-- another filter.
 -- Bad arguments are 22023, too large ones 54000.
 
 create function klieo.filter_pattern(filter text) returns text

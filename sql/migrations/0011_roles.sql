@@ -18,9 +18,12 @@ set search_path = pg_catalog, pg_temp as $$
 
     ('{producer,worker}', 'execute', '{publish,publish_many,enqueue,enqueue_many,enqueue_one}'),
     ('{producer,worker}', 'execute', '{send_request,withdraw_request,pick_up_replies}'),
+    ('{producer,worker}', 'execute', '{channel}'),
 
     ('{worker}', 'execute', '{find_durable,create_durable,fetch_messages,bury_deliveries,ack_deliveries,nak_deliveries,extend_deliveries,release_deliveries,delivery_whereabouts}'),
     ('{worker}', 'execute', '{claim_jobs,take_jobs,ack_job,ack_jobs,nak_jobs,release_jobs,dead_letter_jobs,heartbeat_job,job_whereabouts}'),
+    ('{worker}', 'execute', '{claim,heartbeat,ack,nak,release,dead_letter}'),
+    ('{worker}', 'execute', '{subscribe,fetch,bury,ack_message,nak_message,term_message,extend_message,release_message}'),
     ('{worker}', 'execute', '{kv_put,kv_cas,kv_delete,kv_write,kv_write_soon,kv_entries_at,kv_changes_between}'),
     ('{worker}', 'execute', '{take_lease,lease_left,extend_lease,release_lease}'),
     ('{worker}', 'execute', '{presence_class,new_instance,register_responders,sign_of_life,claim_requests,reply_to_request}'),
@@ -36,6 +39,7 @@ set search_path = pg_catalog, pg_temp as $$
     -- The owner's alone: what the others are made of.
     ('{owner}', 'execute', '{role_rights,grant_role,revoke_role,create_roles,revoke_public,schema_name}'),
     ('{owner}', 'execute', '{filter_pattern,check_subject,check_filter,check_name,check_key,check_headers,check_payload}'),
+    ('{owner}', 'execute', '{check_id,check_number,check_holder,check_durable,check_unwritten}'),
     ('{owner}', 'execute', '{cursor_snapshot,window_has_message,creation_lock,settle_deliveries,extend_waiting}'),
     ('{owner}', 'execute', '{settle_jobs,bury_jobs,look_is_due,look_for_heads,head_before,move_head,next_job_at}'),
     ('{owner}', 'execute', '{dedup_lives,grant_lease,live_responders}'),

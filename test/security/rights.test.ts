@@ -9,7 +9,17 @@ import { databaseUrl, freshSchema } from '../support/server.ts'
 import { KINDS, LOGINS, type Login, RolesStage } from './support/roles-stage.ts'
 
 const CONNECT = { select: ['meta', 'migrations'], execute: ['restored'] }
-const PRODUCE = ['enqueue', 'enqueue_many', 'enqueue_one', 'pick_up_replies', 'publish', 'publish_many', 'send_request', 'withdraw_request']
+const PRODUCE = [
+  'channel',
+  'enqueue',
+  'enqueue_many',
+  'enqueue_one',
+  'pick_up_replies',
+  'publish',
+  'publish_many',
+  'send_request',
+  'withdraw_request',
+]
 const LOOK = {
   select: ['bucket_stats', 'consumer_stats', 'job_details', 'message_details', 'queue_stats'],
   execute: ['as_text', 'kv_get', 'kv_get_many', 'kv_keys'],
@@ -35,6 +45,8 @@ const EXPECTED: Readonly<Record<Login, { readonly select: readonly string[]; rea
         'heartbeat_job',
         'job_whereabouts',
       ],
+      ...['claim', 'heartbeat', 'ack', 'nak', 'release', 'dead_letter'],
+      ...['subscribe', 'fetch', 'bury', 'ack_message', 'nak_message', 'term_message', 'extend_message', 'release_message'],
       ...['kv_get', 'kv_get_many', 'kv_keys', 'kv_put', 'kv_cas', 'kv_delete', 'kv_write', 'kv_write_soon'],
       ...['kv_entries_at', 'kv_changes_between'],
       ...['take_lease', 'lease_left', 'extend_lease', 'release_lease'],

@@ -78,8 +78,8 @@ const CORPUS: Readonly<Record<string, readonly string[]>> = {
   'timestamp with time zone[]': ['array[now()]', 'null', `array['infinity'::timestamptz]`],
 }
 
-/** Bad arguments are of class 22 (most of them 22023); what a table refuses is 23502 or 23514; what is too large 54000; KB001 to KB004 are ours. */
-const DOCUMENTED = /^(?:22\w{3}|23502|23514|54000|KB00[1-4])$/
+/** Bad arguments are of class 22 (most of them 22023); what a table refuses is 23502 or 23514; what is too large 54000; KB001 to KB005 are ours. */
+const DOCUMENTED = /^(?:22\w{3}|23502|23514|54000|KB00[1-5])$/
 
 const CONTENT = `
   select (select count(*) from klieo.messages) + (select count(*) from klieo.jobs) + (select count(*) from klieo.kv_entries)
@@ -171,6 +171,8 @@ test('section 7: names, times and headers that break the rules are refused by th
       `kv_put('b', ${name}, '')`,
       `kv_cas('b', ${name}, '', null)`,
     ]),
+    ...NAMES.flatMap((name) => [`claim(${name}, 'w')`, `subscribe(${name}, 'a')`, `fetch(${name})`, `ack_message(${name}, 1, ${UUID})`]),
+    ...NAMES.slice(0, 7).map((filter) => `subscribe('d', ${filter}::text || '.>.a')`),
     ...NAMES.flatMap((name) => [`take_lease(${name}, 'k', ${UUID}, 'me', 1)`, `kv_delete('b', ${name})`]),
     ...(CORPUS.jsonb?.slice(1) ?? []).flatMap((headers) => [`publish('a', '', ${headers})`, `enqueue('q', '', ${headers})`]),
     ...[`'infinity'`, `'-infinity'`, 'null'].map((time) => `enqueue('q', '', run_at => ${time})`),
