@@ -23,7 +23,7 @@ import { PostgresJobs } from './jobs.ts'
 import { PostgresKv } from './kv.ts'
 import { Listener } from './listener.ts'
 import { Maintenance } from './maintenance.ts'
-import { checkSchemaState, migrate, readSchemaState } from './migrations.ts'
+import { checkSchemaState, migrate, migrationScript, readSchemaState } from './migrations.ts'
 import { Presence } from './presence.ts'
 import { PostgresPubsub } from './pubsub.ts'
 import { PostgresRequestReply } from './request-reply.ts'
@@ -192,16 +192,22 @@ export class PostgresBus implements Bus<PostgresTx> {
     const options = optionsOf(given, ['connectionString', 'pool', 'schema', 'check'])
     const { schema } = check(options)
     checkBoolean('check', options.check)
-    const { pool, db } = openDatabase(options.pool, options.connectionString, schema)
-    try {
-      await db.open()
-      if (!options.check) return await migrate(pool, schema)
-      const state = await readSchemaState(pool, schema)
-      if (state.unknown.length > 0) checkSchemaState(state, schema)
-      return [...state.missing]
-    } finally {
-      await db.close()
-    }
+    return withPool(options, schema, async (pool) => {
+      if (!options.check) return migrate(pool, schema)
+      return [...(await lookForMissing(pool, schema))]
+    })
+  }
+
+  /**
+   * The SQL that {@link PostgresBus.migrate} would run, as one transaction, for who reviews it or runs it as another role. Only looks.
+   *
+   * @returns empty when the schema is up to date
+   * @throws schema_outdated for a schema of a newer version that this one cannot work with, permission_denied, connection
+   */
+  static async migrationSql(given: Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema'> = {}): Promise<string> {
+    const options = optionsOf(given, ['connectionString', 'pool', 'schema'])
+    const { schema } = check(options)
+    return withPool(options, schema, async (pool) => migrationScript(await lookForMissing(pool, schema), schema))
   }
 
   /**
@@ -278,6 +284,27 @@ class PoolClient extends pg.Client {
 }
 
 const POOL_DEFAULTS: pg.PoolConfig = { fallback_application_name: 'klieo-bus', keepAlive: true, Client: PoolClient }
+
+/** A pool for one piece of work, unless the caller has one. */
+async function withPool<T>(
+  options: { readonly connectionString?: string | undefined; readonly pool?: pg.Pool | undefined },
+  schema: string,
+  work: (pool: pg.Pool) => Promise<T>,
+): Promise<T> {
+  const { pool, db } = openDatabase(options.pool, options.connectionString, schema)
+  try {
+    await db.open()
+    return await work(pool)
+  } finally {
+    await db.close()
+  }
+}
+
+async function lookForMissing(pool: pg.Pool, schema: string): Promise<readonly string[]> {
+  const state = await readSchemaState(pool, schema)
+  if (state.unknown.length > 0) checkSchemaState(state, schema)
+  return state.missing
+}
 
 function connectionOf(connectionString: string | undefined): pg.ClientConfig {
   return connectionString === undefined ? {} : { connectionString }

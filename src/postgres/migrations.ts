@@ -18,12 +18,12 @@ import {
   sql,
   type TableMetadata,
 } from 'kysely'
-import { type Migration, type MigrationProvider, Migrator } from 'kysely/migration'
+import { MIGRATION_LOCK_ID, type Migration, type MigrationProvider, Migrator } from 'kysely/migration'
 import type pg from 'pg'
 import { BusError } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { isTransient, LACKS_A_RIGHT, sqlState, toBusError, toPermissionError } from './errors.ts'
-import { checkSchema, DEFAULT_SCHEMA, inSchema } from './schema-name.ts'
+import { checkSchema, DEFAULT_SCHEMA, inSchema, quoteIdentifier } from './schema-name.ts'
 import { takeClient } from './sockets.ts'
 
 const FOLDER = new URL('../../sql/migrations/', import.meta.url)
@@ -213,6 +213,38 @@ export async function migrate(pool: pg.Pool, schema: string): Promise<string[]> 
       await new Promise((resolve) => setTimeout(resolve, reconnectDelayMs(tries)))
     }
   }
+}
+
+/**
+ * The missing migrations as one transaction for psql: what {@link migrate} would do, the migrator's own tables and rows included.
+ * @returns empty when none is missing
+ */
+export function migrationScript(missing: readonly string[], schema: string): string {
+  if (missing.length === 0) return ''
+  const table = (name: string) => `${quoteIdentifier(schema)}.${quoteIdentifier(name)}`
+  const steps = missing.map(
+    (name) => `-- ${name}
+set local search_path = pg_catalog, pg_temp;
+
+${migrationText(name, schema).trim()}
+
+insert into ${table(MIGRATION_TABLE)} (name, timestamp)
+values ('${name}', to_char(clock_timestamp() at time zone 'utc', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'));
+`,
+  )
+  return `begin;
+set local lock_timeout = '60s';
+do $$ begin perform pg_advisory_xact_lock(${LOCK_ID}); end $$;
+set local lock_timeout = '10s';
+
+create schema if not exists ${quoteIdentifier(schema)};
+create table if not exists ${table(MIGRATION_TABLE)} (name varchar(255) not null primary key, timestamp varchar(255) not null);
+create table if not exists ${table(LOCK_TABLE)} (id varchar(255) not null primary key, is_locked integer default 0 not null);
+insert into ${table(LOCK_TABLE)} (id, is_locked) values ('${MIGRATION_LOCK_ID}', 0) on conflict do nothing;
+
+${steps.join('\n')}
+commit;
+`
 }
 
 function taken(error: unknown, schema: string): BusError {
