@@ -1,94 +1,77 @@
 #!/usr/bin/env node
-/** The command line. It uses the public API alone and holds no SQL. */
+/** The command line: parses, dispatches, and ends with an exit code. It uses the public API alone and holds no SQL. */
 
 import { readFileSync } from 'node:fs'
-import { parseArgs } from 'node:util'
-import { BusError, PostgresBus } from '../index.ts'
+import { EXIT, exitCodeOf, Failure, isBusFailure, ReaderGone, sentence, UsageError } from './failure.ts'
+import { Output } from './output.ts'
+import { parse, splitAtCommand } from './parse.ts'
+import { allCommands, findCommand } from './registry.ts'
+import { Session } from './session.ts'
 
-const HELP = `klieo-bus: a durable message bus on PostgreSQL
-
-  klieo-bus migrate            bring the schema up to date
-  klieo-bus migrate --check    only look: exit 0 when it is up to date, 1 when it is not
-
-  --url URL        where the server is; else DATABASE_URL, else the PG* environment
-  --schema NAME    the schema of the bus (default: klieo)
-  --help, --version
-
-Exit codes: 0 done · 1 failed, or not up to date · 2 wrong usage
-`
-
-const USAGE = 2
 const LEAST_NODE = 22
+/** The name of the command, once it is known. */
+let running = ''
 
-class UsageError extends Error {}
-
-async function main(args: readonly string[]): Promise<number> {
-  const { values, positionals } = parse(args)
-  if (values.help) return print(HELP)
-  if (values.version) return print(`${version()}\n`)
-  const [command, ...rest] = positionals
-  if (command === undefined) throw new UsageError('a command is missing')
-  if (command !== 'migrate') throw new UsageError(`there is no command "${command}"`)
-  if (rest.length > 0) throw new UsageError(`migrate takes no argument "${rest[0]}"`)
+async function main(argv: readonly string[]): Promise<number> {
   // npm only warns of an old Node, and what fails then names a function that is missing.
   if (Number.parseInt(process.versions.node, 10) < LEAST_NODE) {
-    throw new BusError('unsupported', `Node ${LEAST_NODE} or newer is needed, this is ${process.version}`)
+    throw new Failure(EXIT.failed, `Node ${LEAST_NODE} or newer is needed, this is ${process.version} [unsupported]`)
   }
-  return migrate(values)
-}
-
-function parse(args: readonly string[]) {
+  const { leading, rest } = splitAtCommand(argv)
+  const plain = new Output(false)
+  if (leading.includes('--version')) return say(plain, `${version()}\n`)
+  const wantsHelp = leading.includes('--help') || leading.includes('-h')
+  if (rest.length === 0 || rest[0] === 'help') {
+    if (rest.length === 0 && !wantsHelp) throw new UsageError('a command is missing')
+    return help(plain, rest.slice(1))
+  }
+  const found = await findCommand(rest)
+  if ('group' in found) {
+    if (!wantsHelp && rest.length === 1) {
+      const words = found.group.map(({ name }) => name.split(' ')[1])
+      throw new UsageError(`${rest[0]} is followed by one of ${words.join(', ')}`)
+    }
+    return help(plain, rest.slice(0, 1))
+  }
+  const { command } = found
+  running = command.name
+  const { invocation, json, help: asked, url, schema } = parse(command, [...leading, ...found.rest])
+  if (asked) return help(plain, command.name.split(' '))
+  const output = new Output(json)
+  const session = new Session(output, url, schema)
   try {
-    return parseArgs({
-      args: [...args],
-      allowPositionals: true,
-      options: {
-        url: { type: 'string' },
-        schema: { type: 'string' },
-        check: { type: 'boolean' },
-        help: { type: 'boolean', short: 'h' },
-        version: { type: 'boolean' },
-      },
-    })
-  } catch (error) {
-    throw new UsageError((error as Error).message.split('. ')[0])
+    return await command.run(invocation, session)
+  } finally {
+    await session.close()
   }
 }
 
-async function migrate({ url, schema, check }: { url?: string; schema?: string; check?: boolean }): Promise<number> {
-  const connectionString = url ?? process.env.DATABASE_URL
-  const names = await PostgresBus.migrate({
-    ...(connectionString ? { connectionString } : {}),
-    ...(schema === undefined ? {} : { schema }),
-    check: check ?? false,
-  })
-  const where = `schema "${schema ?? 'klieo'}"`
-  if (names.length === 0) return print(`${where} is up to date\n`)
-  for (const name of names) print(`${check ? 'missing' : 'applied'} ${name}\n`)
-  return check ? 1 : print(`${where} is up to date\n`)
+async function help(output: Output, words: readonly string[]): Promise<number> {
+  const { commandHelp, groupHelp, overview } = await import('./help.ts')
+  if (words.length === 0) return say(output, overview(await allCommands()))
+  const found = await findCommand(words)
+  return say(output, 'group' in found ? groupHelp(found.group) : commandHelp(found.command))
 }
 
-function print(text: string): number {
-  process.stdout.write(text)
-  return 0
+async function say(output: Output, text: string): Promise<number> {
+  await output.write(text)
+  return EXIT.done
 }
 
 function version(): string {
   return (JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string }).version
 }
 
+function tell(error: unknown): number {
+  if (error instanceof ReaderGone) return EXIT.done
+  const hint = error instanceof UsageError && error.seeHelp ? `; see klieo-bus ${running === '' ? '' : `${running} `}--help` : ''
+  process.stderr.write(`klieo-bus: ${sentence(error)}${hint}\n`)
+  if (error instanceof Failure) return error.exitCode
+  return isBusFailure(error) ? exitCodeOf(error.code) : EXIT.failed
+}
+
+// What is written to a pipe or a file is written when `write` returns; and a terminal or pipe that is still read must not keep the process.
 main(process.argv.slice(2)).then(
-  (code) => {
-    process.exitCode = code
-  },
-  (error: unknown) => {
-    if (error instanceof UsageError) {
-      process.stderr.write(`klieo-bus: ${error.message}; see klieo-bus --help\n`)
-      process.exitCode = USAGE
-      return
-    }
-    const text = error instanceof BusError ? `${error.message} [${error.code}]` : String(error)
-    process.stderr.write(`klieo-bus: ${text}\n`)
-    process.exitCode = 1
-  },
+  (code) => process.exit(code),
+  (error: unknown) => process.exit(tell(error)),
 )

@@ -22,7 +22,7 @@ export interface ChildOptions {
 }
 
 /** The project's own Node where the one that runs the tests cannot read TypeScript. */
-const NODE = process.features.typescript ? process.execPath : fileURLToPath(new URL('../../node_modules/.bin/node', import.meta.url))
+export const NODE = process.features.typescript ? process.execPath : fileURLToPath(new URL('../../node_modules/.bin/node', import.meta.url))
 
 /**
  * Starts a TypeScript file in a process of its own.

@@ -1,0 +1,103 @@
+/** `kv lease`: as flock and timeout do it, the exit code is the command's own, and above 122 ours. */
+
+import { spawn } from 'node:child_process'
+import type { Lease } from '../../index.ts'
+import { command } from '../command.ts'
+import { EXIT, Failure, isBusFailure, sentence } from '../failure.ts'
+
+const HELD = 123
+const LOST = 124
+const FAILED = 125
+const KILL_AFTER_MS = 5_000
+/** As shells say it. */
+const SIGNAL_BASE = 128
+const SIGNALS: Readonly<Record<string, number>> = { SIGHUP: 1, SIGINT: 2, SIGQUIT: 3, SIGABRT: 6, SIGKILL: 9, SIGTERM: 15 }
+
+export const lease = command({
+  name: 'kv lease',
+  summary: 'run a command while holding a lease',
+  details:
+    'The lease is extended while the command runs, and released when it has ended. When it is lost (the server was out of reach for longer than --ttl) the command gets SIGTERM, 5 seconds later SIGKILL. KLIEO_FENCE grows with each grant: hand it to whatever the lease protects.',
+  arguments: { bucket: { description: 'the name of the bucket' }, key: { description: 'the key' } },
+  options: {
+    exec: { type: 'text', value: 'COMMAND', description: 'what to run, with KLIEO_FENCE, KLIEO_BUCKET and KLIEO_KEY', required: true },
+    ttl: { type: 'duration', value: 'TIME', description: 'how long the lease outlives a holder that dies', default: '30s' },
+    wait: { type: 'duration', value: 'TIME', description: 'how long to wait for whoever holds it', default: '0s' },
+  },
+  examples: [
+    { line: "klieo-bus kv lease locks nightly --exec './report.sh'", says: 'on one machine of many' },
+    { line: "klieo-bus kv lease locks deploy --wait 10m --exec 'make deploy'", says: 'one after the other' },
+  ],
+  exitCodes: {
+    [HELD]: 'somebody else holds the lease; the command was not run',
+    [LOST]: 'the lease was lost while the command ran',
+    [FAILED]: 'no lease for another reason; else the exit code of the command',
+  },
+  async run({ args, options }, session) {
+    const { output } = session
+    const interrupted = new AbortController()
+    const onInterrupt = () => interrupted.abort()
+    for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, onInterrupt)
+    let held: Lease
+    try {
+      const bus = await session.connect()
+      held = await bus.kv.lease(args.bucket, args.key, options.ttl, { waitMs: options.wait, signal: interrupted.signal })
+    } catch (error) {
+      if (interrupted.signal.aborted) throw new Failure(EXIT.interrupted, 'interrupted; the command was not run')
+      if (isBusFailure(error) && error.code === 'invalid_argument') throw error
+      throw new Failure(isBusFailure(error) && error.code === 'lease_held' ? HELD : FAILED, sentence(error), { cause: error })
+    } finally {
+      for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.off(signal, onInterrupt)
+    }
+    const stopBeating = keep(held, options.ttl)
+    try {
+      const ended = await run(
+        options.exec,
+        { KLIEO_FENCE: String(held.fence), KLIEO_BUCKET: args.bucket, KLIEO_KEY: args.key },
+        held.signal,
+      )
+      if (held.signal.aborted) throw new Failure(LOST, `the lease on "${args.key}" was lost while the command ran [lease_lost]`)
+      if (output.json) await output.object({ bucket: args.bucket, key: args.key, fence: held.fence, exitCode: ended })
+      return ended
+    } finally {
+      stopBeating()
+      await held.release().catch((error) => output.warn(`the lease ends with its time: ${sentence(error)}`))
+    }
+  },
+})
+
+/** A beat that fails is followed by the next; the lease's own signal tells when it is too late. */
+function keep(held: Lease, ttlMs: number): () => void {
+  const timer = setInterval(() => held.heartbeat().catch(() => {}), Math.max(10, ttlMs / 3))
+  return () => clearInterval(timer)
+}
+
+/**
+ * In the foreground: it has the terminal, and Ctrl-C there reaches it without our help.
+ * @returns its exit code
+ */
+async function run(line: string, env: Record<string, string>, lost: AbortSignal): Promise<number> {
+  const child = spawn(line, { shell: true, stdio: 'inherit', env: { ...process.env, ...env } })
+  const forward = (signal: NodeJS.Signals) => void child.kill(signal)
+  const onInterrupt = () => {
+    if (!process.stdin.isTTY) child.kill('SIGINT')
+  }
+  let timer: NodeJS.Timeout | undefined
+  const onLost = () => {
+    child.kill('SIGTERM')
+    timer = setTimeout(() => child.kill('SIGKILL'), KILL_AFTER_MS)
+  }
+  process.on('SIGINT', onInterrupt).on('SIGTERM', forward).on('SIGHUP', forward)
+  lost.addEventListener('abort', onLost)
+  if (lost.aborted) onLost()
+  try {
+    const { promise, resolve, reject } = Promise.withResolvers<number>()
+    child.on('error', (error) => reject(new Failure(FAILED, `the command could not be started: ${error.message}`)))
+    child.on('exit', (code, signal) => resolve(code ?? SIGNAL_BASE + (SIGNALS[signal!] ?? 0)))
+    return await promise
+  } finally {
+    clearTimeout(timer)
+    process.off('SIGINT', onInterrupt).off('SIGTERM', forward).off('SIGHUP', forward)
+    lost.removeEventListener('abort', onLost)
+  }
+}

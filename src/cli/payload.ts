@@ -1,0 +1,56 @@
+/** Payloads come as an argument or, as bytes, from standard input. */
+
+import type { OptionSpecs } from './command.ts'
+import { EXIT, Failure, UsageError } from './failure.ts'
+import type { Output } from './output.ts'
+import { number } from './text.ts'
+
+export const DEFAULT_MAX_PAYLOAD = 1_048_576
+export const LARGEST_PAYLOAD = 8_388_608
+
+export const MAX_PAYLOAD_OPTION = {
+  'max-payload': {
+    type: 'integer',
+    value: 'BYTES',
+    description: 'the limit of payload and headers together, as maxPayloadBytes of the app',
+    default: String(DEFAULT_MAX_PAYLOAD),
+    least: 1,
+    most: LARGEST_PAYLOAD,
+  },
+} as const satisfies OptionSpecs
+
+export const HEADER_OPTION = {
+  header: { type: 'text', short: 'H', value: 'NAME:VALUE', description: 'a header', multiple: true },
+} as const satisfies OptionSpecs
+
+export const PAYLOAD_ARGUMENT = {
+  description: 'what it carries; - or none: standard input, all of it',
+  optional: true,
+} as const
+
+/**
+ * The argument's text, or everything on standard input.
+ * @throws UsageError on a terminal without an argument, where waiting in silence would look like work
+ */
+export async function payloadOf(argument: string | undefined, maxBytes: number): Promise<string | Uint8Array> {
+  if (argument !== undefined && argument !== '-') return argument
+  if (argument === undefined && process.stdin.isTTY) {
+    throw new UsageError(`a payload is missing: give it as an argument ('' for an empty one) or on standard input`)
+  }
+  const chunks: Buffer[] = []
+  let size = 0
+  for await (const chunk of process.stdin as AsyncIterable<Buffer>) {
+    chunks.push(chunk)
+    size += chunk.byteLength
+    if (size > maxBytes) {
+      throw new Failure(EXIT.failed, `standard input holds more than ${number(maxBytes)} bytes, the limit of a payload [payload_too_large]`)
+    }
+  }
+  return Buffer.concat(chunks)
+}
+
+/** Byte for byte; a terminal's prompt is to begin on a line of its own. */
+export async function writeBytes(output: Output, bytes: Uint8Array): Promise<void> {
+  await output.write(bytes)
+  if (output.isTerminal && bytes.at(-1) !== 0x0a) await output.write('\n')
+}

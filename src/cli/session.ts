@@ -1,0 +1,40 @@
+/** What a running command has: its output, its server, and what ends with it. */
+
+import type { PostgresBus } from '../index.ts'
+import { type ConnectOptions, connect, findTarget, type Target } from './connection.ts'
+import type { Output } from './output.ts'
+
+export class Session {
+  readonly output: Output
+  readonly #url: string | undefined
+  readonly #schema: string | undefined
+  #target: Target | undefined
+  readonly #buses: PostgresBus[] = []
+
+  constructor(output: Output, url: string | undefined, schema: string | undefined) {
+    this.output = output
+    this.#url = url
+    this.#schema = schema
+  }
+
+  get target(): Target {
+    this.#target ??= findTarget(this.#url, this.#schema, process.env, process.cwd())
+    return this.#target
+  }
+
+  /** The schema that was asked for by name, if any. */
+  get schema(): string | undefined {
+    return this.#schema ?? (process.env.KLIEO_SCHEMA || undefined)
+  }
+
+  /** A bus that is closed when the command has ended. */
+  async connect(options: ConnectOptions = {}): Promise<PostgresBus> {
+    const bus = await connect(this.target, options)
+    this.#buses.push(bus)
+    return bus
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#buses.map((bus) => bus.close()))
+  }
+}
