@@ -14,6 +14,7 @@ interface Group {
 const GROUPS: readonly Group[] = [
   { words: ['up'], load: async () => (await import('./commands/up.ts')).COMMANDS },
   { words: ['migrate'], load: async () => (await import('./commands/migrate.ts')).COMMANDS },
+  { words: ['doctor'], load: async () => (await import('./commands/doctor.ts')).COMMANDS },
   { words: ['publish', 'subscribe'], load: async () => (await import('./commands/pubsub.ts')).COMMANDS },
   { words: ['request', 'respond'], load: async () => (await import('./commands/requests.ts')).COMMANDS },
   { words: ['kv'], load: async () => (await import('./commands/kv.ts')).COMMANDS },
