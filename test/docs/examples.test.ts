@@ -118,7 +118,7 @@ for (const { document, blocks, programs } of all) {
       else await administrate(`drop database ${database} with (force)`)
     })
 
-    for (const step of steps) test(`${step.name} at line ${step.line}`, () => step.run(url), 60_000)
+    for (const step of steps) test(`${step.name} at line ${step.line}`, () => step.run(url), 120_000)
   })
 }
 

@@ -1,0 +1,32 @@
+/** The story of docs/getting-started.md, with its files as they stand there: the embedded server, a killed worker, another one. */
+
+import { readFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { expect, test } from 'vitest'
+import { startChild } from '../support/child.ts'
+import { blocksOf } from './document.ts'
+import { Project, programsOf, root, surroundings } from './programs.ts'
+
+const document = 'docs/getting-started.md'
+
+test('J3 the worker of the guide is killed in the middle, and the job comes back to the next one', async () => {
+  const around = await surroundings()
+  const programs = programsOf(blocksOf(document, await readFile(join(root, document), 'utf8')), around)
+  await using project = await Project.create(programs, around)
+  const start = (file: string, url?: string) => startChild(project.path(join('getting-started', file)), { env: { DATABASE_URL: url } })
+  const says = (text: string) => (line: object) => 'text' in line && line.text === text
+
+  await using server = start('server.ts')
+  const { text: url } = await server.next<{ text: string }>(({ text }) => /^postgres:/.test(String(text)), 60_000)
+
+  await using enqueue = start('enqueue.ts', url)
+  expect(await enqueue.exited).toEqual({ code: 0, signal: null })
+
+  await using first = start('worker.ts', url)
+  await first.next(says('receipt for order 7: attempt 1'))
+  await first.kill()
+  await using second = start('worker.ts', url)
+  await second.next(says('receipt for order 7: attempt 2'))
+  await second.next(says('receipt for order 7: done'))
+  expect(await second.kill('SIGTERM')).toEqual({ code: 0, signal: null })
+}, 120_000)
