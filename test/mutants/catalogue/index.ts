@@ -1,5 +1,6 @@
 import type { Mutant } from '../mutant.ts'
 import { callMutants } from './calls.ts'
+import { contractMutants } from './contracts.ts'
 import { deliveryMutants } from './deliveries.ts'
 import { jobMutants } from './jobs.ts'
 import { keyMutants } from './keys.ts'
@@ -13,4 +14,5 @@ export const mutants: readonly Mutant[] = [
   ...keyMutants,
   ...callMutants,
   ...memoryMutants,
+  ...contractMutants,
 ]
