@@ -1,7 +1,7 @@
 /** The examples of all documents as programs in one project that knows the package by its name alone; compiled in one go. */
 
 import { execFile } from 'node:child_process'
-import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import { chmod, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { promisify } from 'node:util'
@@ -105,6 +105,8 @@ export class Project implements AsyncDisposable {
   static async create(programs: readonly Program[], { packages }: Pick<Surroundings, 'packages'>): Promise<Project> {
     await run(process.execPath, ['scripts/build.ts'], { cwd: root })
     const project = new Project(await mkdtemp(join(tmpdir(), 'klieo-docs-')))
+    // A server that root starts runs under another account.
+    await chmod(project.directory, 0o755)
     await writeFile(project.path('package.json'), '{ "type": "module", "private": true }')
     for (const name of packages) await project.#link(name, name === 'klieo-bus' ? root : join(root, 'node_modules', name))
     // Its command, as npm would link it.
