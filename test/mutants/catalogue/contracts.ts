@@ -21,6 +21,22 @@ export const contractMutants: readonly Mutant[] = [
     beside: ['T2 bytes stay bytes'],
   },
   {
+    id: 'typed-sender-transforms',
+    rule: 'T2',
+    guarantee: 'what is sent is the data as it was given',
+    broken: 'what the schema makes of it is sent',
+    edits: [
+      {
+        file: FORMAT,
+        find: 'return payload\n    }\n    return reading instanceof',
+        replace: 'return encode(verdict.data)\n    }\n    return reading instanceof',
+      },
+    ],
+    files: [SUBJECTS],
+    caughtBy: ['T2 the data is sent as it was given'],
+    beside: ['T2 bytes stay bytes'],
+  },
+  {
     id: 'typed-letter-without-a-name',
     rule: 'T3',
     guarantee: 'whoever dies between the letter and the end of the message leaves one letter',
