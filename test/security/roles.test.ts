@@ -137,6 +137,8 @@ describe('a producer', () => {
     expect(await stateOf(client, `select setval('${stage.schema}.message_seq', 1)`)).toBe('42501')
     expect(await stateOf(client, `create table ${stage.schema}.mine ()`)).toBe('42501')
     expect(await stateOf(client, `select ${stage.schema}.retry_dead('q')`)).toBe('42501')
+    expect(await stateOf(client, `select ${stage.schema}.claim('q', 'me')`)).toBe('42501')
+    expect(await stateOf(client, `select ${stage.schema}.subscribe('d', 'a')`)).toBe('42501')
   })
 
   test('in a transaction of somebody who has no rights it says so as well, and names no role that it does not know', async () => {
@@ -190,6 +192,41 @@ describe('a worker', () => {
     expect(letters).toHaveLength(1)
     const left = await stage.rows<{ redelivering: string }>('select redelivering from klieo.consumer_stats where durable = $1', [durable])
     expect(left).toEqual([{ redelivering: '1' }])
+  })
+
+  test('does all of it with nothing but SQL', async () => {
+    const [queue, durable] = [unique('q'), unique('d')]
+    await using client = await stage.session('worker')
+    const call = async (text: string, values: readonly unknown[]) =>
+      Object.values((await client.query(text.replaceAll('klieo.', `${stage.schema}.`), [...values])).rows[0] ?? {})[0]
+    const claim = async () =>
+      (await client.query(`select id, token from ${stage.schema}.claim($1, 'me')`, [queue])).rows.flatMap(({ id, token }) => [id, token])
+    for (let n = 0; n < 2; n++) await call(`select klieo.enqueue($1, 'x')`, [queue])
+    const first = await claim()
+    expect(await call('select klieo.heartbeat($1, $2)', first)).toBeInstanceOf(Date)
+    expect(await call('select klieo.release($1, $2)', first)).toBe(true)
+    expect(await call('select klieo.nak($1, $2, 60000)', await claim())).toBe(true)
+    const second = await claim()
+    expect(await call('select klieo.dead_letter($1, $2, $3)', [...second, 'enough'])).toBe(true)
+    expect(await call('select klieo.ack($1, $2)', second)).toBe(false)
+
+    const fetch = async () =>
+      (await client.query(`select seq, token from ${stage.schema}.fetch($1)`, [durable])).rows.flatMap(({ seq, token }) => [
+        durable,
+        seq,
+        token,
+      ])
+    expect(await call(`select klieo.subscribe($1, $1 || '.>')`, [durable])).toBe(true)
+    await call(`select klieo.publish($1 || '.a', 'x')`, [durable])
+    expect(await call('select klieo.release_message($1, $2, $3)', await fetch())).toBe(true)
+    expect(await call('select klieo.nak_message($1, $2, $3)', await fetch())).toBe(true)
+    const delivery = await fetch()
+    expect(await call('select klieo.extend_message($1, $2, $3)', delivery)).toBe(true)
+    expect(await call('select klieo.ack_message($1, $2, $3)', delivery)).toBe(true)
+    expect(await call('select klieo.term_message($1, $2, $3)', delivery)).toBe(false)
+    expect(await call('select klieo.bury($1)', [durable])).toBe(0)
+    expect(await call('select klieo.channel()', [])).toMatch(/^klieo_[0-9a-f]{16}$/)
+    expect(await stateOf(client, `select ${stage.schema}.retry_dead('${queue}')`)).toBe('42501')
   })
 
   test('claims, extends and settles jobs in every way', async () => {
