@@ -4143,7 +4143,7 @@ comment on function klieo.rebase() is 'Makes the log of a restored database deli
 
 comment on function klieo.register_responders(process integer, filters text[], alive_ms double precision) is 'The responders of a process, anew. They count as live while it holds its lock, or, with alive_ms, for so long without another sign of life.';
 
-comment on function klieo.release(id bigint, token uuid) is 'Gives back a job whose handling has not begun, as if it had not been claimed. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
+comment on function klieo.release(id bigint, token uuid) is 'Gives back a job whose handling has not begun, as if it had not been claimed. False: it is not yours any more, or another session has it locked; nothing has changed.';
 
 comment on function klieo.release_deliveries(consumers integer[], seqs bigint[], tokens uuid[]) is 'Hands back what was not yielded to a handler: the attempt is not counted. Answers the positions of those whose token was still valid.';
 
@@ -4151,7 +4151,7 @@ comment on function klieo.release_jobs(ids bigint[], tokens uuid[], counted bool
 
 comment on function klieo.release_lease(bucket text, key text, token uuid) is 'Ends a lease of the token''s bearer.';
 
-comment on function klieo.release_message(durable text, seq bigint, token uuid) is 'Gives back a message whose handling has not begun, without counting the delivery. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
+comment on function klieo.release_message(durable text, seq bigint, token uuid) is 'Gives back a message whose handling has not begun, without counting the delivery. False: it is not yours any more, or another session has it locked; nothing has changed.';
 
 comment on function klieo.remove_job(id bigint) is 'Removes a job that is not running. The outcome is removed; running, and nothing was changed; locked by an open transaction; or no row: there is no such job.';
 

@@ -147,7 +147,7 @@ begin
 end
 $$;
 comment on function klieo.release(bigint, uuid) is
-  'Gives back a job whose handling has not begun, as if it had not been claimed. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
+  'Gives back a job whose handling has not begun, as if it had not been claimed. False: it is not yours any more, or another session has it locked; nothing has changed.';
 
 create function klieo.dead_letter(id bigint, token uuid, reason text) returns boolean
 language plpgsql security definer
@@ -315,7 +315,7 @@ begin
 end
 $$;
 comment on function klieo.release_message(text, bigint, uuid) is
-  'Gives back a message whose handling has not begun, without counting the delivery. False: it is not yours any more, or an open transaction is settling it; nothing has changed.';
+  'Gives back a message whose handling has not begun, without counting the delivery. False: it is not yours any more, or another session has it locked; nothing has changed.';
 
 -- ---------------------------------------------------------------- wake-ups
 

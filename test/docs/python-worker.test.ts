@@ -65,13 +65,11 @@ const receipts = async (): Promise<number[]> =>
   (await client.query('select order_id from receipts order by 1')).rows.map(({ order_id: id }) => Number(id))
 const jobs = async () => (await client.query(`select id, state, attempts, last_error from klieo.job_details order by id`)).rows
 const hinder = () => obstacle.query('begin; lock table receipts in exclusive mode')
-/** A handler waits behind the obstacle. */
-const isHandling = () =>
+/** So many handlers wait behind the obstacle. */
+const isHandling = (handlers = 1) =>
   eventually(
-    async () => (await client.query(`select from pg_locks where not granted and relation = 'receipts'::regclass`)).rowCount === 1,
-    {
-      what: 'the handler',
-    },
+    async () => (await client.query(`select from pg_locks where not granted and relation = 'receipts'::regclass`)).rowCount === handlers,
+    { what: 'the handlers' },
   )
 
 describe.skipIf(python === undefined)('the worker in Python (skipped without python3 and psycopg)', () => {
@@ -92,7 +90,11 @@ describe.skipIf(python === undefined)('the worker in Python (skipped without pyt
       }
     })
     const orders = Array.from({ length: 60 }, (_, n) => n + 1)
+    // Until each has one: else whoever is quicker might do them all.
+    await hinder()
     for (const order of orders) await enqueue(order)
+    await isHandling(3)
+    await obstacle.query('rollback')
     await eventually(async () => (await jobs()).length === 0, { what: 'the last job', timeoutMs: 20_000 })
     expect(await receipts()).toEqual(orders)
     await Promise.all(workers.map((worker) => says(worker, 'done')))
@@ -172,6 +174,17 @@ describe.skipIf(python === undefined)('the worker in Python (skipped without pyt
     expect(waiting.last_error).toContain('duplicate key')
     const { rows } = await client.query(`select headers->>'dlq_error' as error from klieo.message_details where subject = 'receipts.dlq'`)
     expect(rows).toEqual([{ error: dead.last_error }])
+  })
+
+  test('an error of the database that leaves the connection is a failure like any other', async () => {
+    const worker = await start({ PGOPTIONS: '-c lock_timeout=100ms' })
+    await hinder()
+    const id = await enqueue(1)
+    await says(worker, `failed ${id} attempt 1`)
+    await obstacle.query('rollback')
+    expect((await jobs())[0]!.last_error).toContain('lock timeout')
+    await says(worker, `done ${id}`)
+    expect(await receipts()).toEqual([1])
   })
 
   test.each(['SIGTERM', 'SIGINT'] as const)('told by %s to stop it finishes its job, begins no other and exits with 0', async (signal) => {
