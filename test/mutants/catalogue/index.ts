@@ -1,4 +1,5 @@
 import type { Mutant } from '../mutant.ts'
+import { adminMutants } from './admin.ts'
 import { callMutants } from './calls.ts'
 import { contractMutants } from './contracts.ts'
 import { deliveryMutants } from './deliveries.ts'
@@ -13,6 +14,7 @@ export const mutants: readonly Mutant[] = [
   ...jobMutants,
   ...keyMutants,
   ...callMutants,
+  ...adminMutants,
   ...memoryMutants,
   ...contractMutants,
 ]

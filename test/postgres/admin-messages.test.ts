@@ -1,0 +1,169 @@
+/** What an operator does to durables and messages beside those who hold, fetch and settle them: the steps of two sessions, written out. */
+
+import { describe, expect, test } from 'vitest'
+import { session } from '../support/sessions.ts'
+import { eventually } from '../support/wait.ts'
+import {
+  bus,
+  caller,
+  connectionString,
+  consumerId,
+  deadLetters,
+  freshDurable,
+  held,
+  LONG_MS,
+  observer,
+  other,
+  QUIET_MS,
+  rows,
+  schema,
+  setTheStage,
+  untilWaitedFor,
+} from './support/messages-stage.ts'
+import { outcome, Taker } from './support/outcome.ts'
+
+setTheStage()
+
+const orphans = async () => {
+  const { rowCount } = await observer.query(
+    `select from ${schema}.deliveries d where not exists (select from ${schema}.consumer_offsets o where o.id = d.consumer_id)`,
+  )
+  return rowCount
+}
+
+describe('a durable that is moved', () => {
+  test('A4 beside an ack in an open transaction: neither waits for the other, and what the ack ends comes again all the same', async () => {
+    await using stage = await held()
+    const { durable, message } = stage
+    await caller.query('begin')
+    await message.ack({ tx: caller })
+    await bus.admin.seekDurable(durable, 'all')
+    const rival = await stage.rival()
+    const again = await rival.take(5_000)
+    expect([again?.seq, again?.attempt]).toEqual([message.seq, 1])
+    await caller.query('commit')
+    await again?.ack()
+    expect(await rows(durable)).toEqual([])
+    expect(await orphans()).toBe(0)
+  })
+
+  test('A4 beside an ack that is rolled back: its delivery belongs to nobody, comes to nobody, and is removed', async () => {
+    await using stage = await held()
+    await caller.query('begin')
+    await stage.message.ack({ tx: caller })
+    await bus.admin.seekDurable(stage.durable, 'new')
+    await caller.query('rollback')
+    expect(await orphans()).toBe(1)
+    // Its holder changes nothing by it.
+    await outcome(stage.message.nak())
+    const rival = await stage.rival()
+    expect(await rival.take(QUIET_MS)).toBeNull()
+    await observer.query(`select ${schema}.prune_rest(1000000, 1000)`)
+    expect(await orphans()).toBe(0)
+  })
+
+  test('A4 a fetch that waits for the durable while it is moved begins again at the new place, and repeats nothing', async () => {
+    const durable = freshDurable()
+    await using stream = await bus.pubsub.subscribe(durable, durable, { ackWaitMs: LONG_MS })
+    const taker = new Taker(stream)
+    const take = async () => {
+      const message = await taker.expect()
+      await message.ack()
+      return new TextDecoder().decode(message.payload)
+    }
+    for (const payload of ['1', '2']) await bus.pubsub.publish(durable, payload)
+    expect([await take(), await take()]).toEqual(['1', '2'])
+    // The mover has the row; the fetch that the third message calls for waits behind it.
+    await using mover = await session(connectionString)
+    await mover.query('begin')
+    await mover.query(`select ${schema}.seek_durable($1)`, [durable])
+    await bus.pubsub.publish(durable, '3')
+    const next = take()
+    await untilWaitedFor(mover)
+    await mover.query('commit')
+    expect([await next, await take(), await take()]).toEqual(['1', '2', '3'])
+    expect(await taker.take(QUIET_MS)).toBeNull()
+  })
+
+  test('A4 moves, fetches and publishes side by side lose nothing: after the last move everything comes', async () => {
+    const durable = freshDurable()
+    await using stream = await bus.pubsub.subscribe(durable, durable, { ackWaitMs: LONG_MS })
+    await using second = await other.pubsub.subscribe(durable, durable, { ackWaitMs: LONG_MS })
+    const seen = new Set<number>()
+    let moved = false
+    const read = async (one: typeof stream) => {
+      for await (const message of one) {
+        if ((await outcome(message.ack())) === 'ok' && moved) seen.add(message.seq)
+      }
+    }
+    const reading = [read(stream), read(second)]
+    const published: number[] = []
+    for (let round = 0; round < 20; round++) {
+      published.push((await bus.pubsub.publish(durable, `${round}`)).seq)
+      if (round % 5 === 4) await other.admin.seekDurable(durable, 'all')
+    }
+    moved = true
+    await bus.admin.seekDurable(durable, 'all')
+    await eventually(async () => published.every((seq) => seen.has(seq)), { what: 'every message after the last move' })
+    await Promise.all([stream.close(), second.close()])
+    await Promise.all(reading)
+  })
+
+  test('P11 a durable that was deleted and made anew is another: the members of the old one end', async () => {
+    const durable = freshDurable()
+    await using stream = await bus.pubsub.subscribe(durable, durable)
+    const before = await consumerId(durable)
+    await other.pubsub.deleteDurable(durable)
+    await (await other.pubsub.subscribe(durable, durable)).close()
+    expect(await consumerId(durable)).not.toBe(before)
+    await expect(stream[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'not_found' })
+  })
+})
+
+describe('a purge', () => {
+  test('A5 of a message whose last delivery is out: its end leaves no dead letter and nothing behind', async () => {
+    await using stage = await held({ maxDeliver: 1 })
+    expect(await bus.admin.purgeMessages(stage.durable)).toBe(1)
+    await stage.message.nak()
+    expect(await deadLetters(stage.durable)).toEqual([])
+    expect(await rows(stage.durable)).toEqual([])
+  })
+
+  test('A5 an ack in an open transaction holds nobody up', async () => {
+    await using stage = await held()
+    await caller.query('begin')
+    await stage.message.ack({ tx: caller })
+    expect(await bus.admin.purgeMessages(stage.durable)).toBe(1)
+    await caller.query('commit')
+    expect(await rows(stage.durable)).toEqual([])
+  })
+
+  test('A5 what commits later is not touched, and is delivered', async () => {
+    const durable = freshDurable()
+    await using stream = await bus.pubsub.subscribe(`${durable}.>`, durable)
+    await caller.query('begin')
+    await bus.pubsub.publish(`${durable}.late`, 'late', { tx: caller })
+    await bus.pubsub.publish(`${durable}.early`, 'early')
+    const taker = new Taker(stream)
+    await (await taker.expect()).ack()
+    expect(await bus.admin.purgeMessages(`${durable}.>`)).toBe(1)
+    await caller.query('commit')
+    expect((await taker.expect()).subject).toBe(`${durable}.late`)
+  })
+
+  test('A5 a log that takes several statements to look through is purged whole, and nothing else of it', async () => {
+    const root = freshDurable()
+    await bus.pubsub.publishMany(Array.from({ length: 12_000 }, (_, n) => ({ subject: `${root}.${n % 3}`, payload: 'x' })))
+    expect(await bus.admin.purgeMessages(`${root}.1`)).toBe(4_000)
+    const { rows: left } = await observer.query(
+      `select subject, count(*)::int as n from ${schema}.messages where subject like $1 group by subject order by subject`,
+      [`${root}.%`],
+    )
+    expect(left).toEqual([
+      { subject: `${root}.0`, n: 4_000 },
+      { subject: `${root}.2`, n: 4_000 },
+    ])
+    const { rows: sum } = await observer.query(`select ${schema}.purge_messages($1) as n`, [`${root}.*`])
+    expect(sum).toEqual([{ n: '8000' }])
+  })
+})
