@@ -319,6 +319,21 @@ describe('redeliveries come in time', () => {
     record.settle('ack', 1, 2, 5_501, 5_502)
   })
 
+  caught(
+    'P10 a redelivery before the ack wait is over, though its holder was stopped at times',
+    'deliveries: not before the ack wait is over',
+    (record, breaks) => {
+      record.durable('d', 'shop.>')
+      record.published(1, 'm1', 0, 1)
+      // Stopped between the stream's look at the clock, at 950 at the latest, and the note of what it yielded.
+      record.fault('stop', 'a', 950)
+      record.fault('continue', 'a', breaks ? 2_000 : 2_795)
+      record.delivered(1, 'm1', 1, 2_800)
+      record.delivered(1, 'm1', 2, 2_500, {}, 'b')
+      record.settle('ack', 1, 2, 2_501, 2_502)
+    },
+  )
+
   caught('P5 … from the commit of its transaction', 'deliveries: not before the ack wait is over', (record, breaks) => {
     record.durable('d', 'shop.>')
     record.published(1, 'm1', 0, 1, { tx: 't' })
