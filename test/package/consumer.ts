@@ -1,6 +1,6 @@
 // What a user of the installed package writes; compiled and run there by packed.test.ts.
 
-import { type Bus, type BusError, decode, encode, PostgresBus, Worker } from 'klieo-bus'
+import { type Bus, type BusError, decode, defineQueue, encode, PostgresBus, Worker } from 'klieo-bus'
 import { MemoryBus } from 'klieo-bus/memory'
 import { conformance, startEmbeddedPostgres } from 'klieo-bus/testing'
 import pg from 'pg'
@@ -24,8 +24,13 @@ const { seq } = await postgres.pubsub.publish('orders.created', 'in the transact
 await client.query('rollback')
 // @ts-expect-error a bus without transactions rejects tx when it is compiled
 const refused = await memory.jobs.enqueue('q', { payload: '' }, { tx: client }).catch((error: BusError) => error.code)
+const numbers = defineQueue<{ n: number }>('numbers')
+// @ts-expect-error a string is no number
+await numbers.enqueue(memory, { n: '1' }, { priority: -1 })
+await numbers.enqueue(memory, { n: 1 })
+const typed: number | undefined = (await numbers.claim(memory, 'w', 1_000))?.data.n
 process.stdout.write(
-  `${JSON.stringify({ worked: [await work(memory), await work(postgres as unknown as Bus<never>)], seq, refused, testing: [typeof conformance, typeof startEmbeddedPostgres] })}\n`,
+  `${JSON.stringify({ worked: [await work(memory), await work(postgres as unknown as Bus<never>)], seq, refused, typed, testing: [typeof conformance, typeof startEmbeddedPostgres] })}\n`,
 )
 await client.end()
 await postgres.close()
