@@ -109,7 +109,7 @@ describe('a durable that is moved', () => {
     await Promise.all(reading)
   })
 
-  test('P11 a durable that was deleted and made anew is another: the members of the old one end', async () => {
+  test('A4 a durable that was deleted and made anew is another: the members of the old one end', async () => {
     const durable = freshDurable()
     await using stream = await bus.pubsub.subscribe(durable, durable)
     const before = await consumerId(durable)

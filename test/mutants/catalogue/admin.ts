@@ -86,7 +86,7 @@ export const adminMutants: readonly Mutant[] = [
     edits: [{ file: PUBSUB, find: 'if (moved?.made_at !== consumer.madeAt || moved.id === id) throw error', replace: 'throw error' }],
     files: [MESSAGES],
     caughtBy: ['A4 a fetch that waits for the durable while it is moved'],
-    beside: ['P11 a durable that was deleted and made anew is another'],
+    beside: ['A4 a durable that was deleted and made anew is another'],
   },
   {
     id: 'members-join-a-namesake',
@@ -101,7 +101,7 @@ export const adminMutants: readonly Mutant[] = [
       },
     ],
     files: [MESSAGES],
-    caughtBy: ['P11 a durable that was deleted and made anew is another'],
+    caughtBy: ['A4 a durable that was deleted and made anew is another'],
     beside: ['A4 a fetch that waits for the durable while it is moved'],
   },
   {
