@@ -97,7 +97,7 @@ describe('before Postgres itself', () => {
     const seq = await value(`klieo.publish('a.b', '\\x01', '{"a": "b"}', 'id')`)
     expect(await value(`klieo.publish('a.b', '\\x01', '{}', 'id')`)).toBe(seq)
     const durable = await value(`klieo.create_durable('d', 'a.*', 0, null, false)`)
-    expect(await value(`klieo.find_durable('d')`)).toBe(`(${durable},a.*)`)
+    expect(await call(`select id, filter from klieo.find_durable('d')`)).toEqual([{ id: durable, filter: 'a.*' }])
     const fetched = await call(`select * from klieo.fetch_messages(${durable}, 10, 60000, 100, 2, 1000000)`)
     expect(fetched.map((row) => [row.seq, row.subject, row.headers])).toEqual([
       [seq, 'a.b', { a: 'b' }],
@@ -121,6 +121,41 @@ describe('before Postgres itself', () => {
     expect(await value(`klieo.dead_letter_jobs(array[${id}]::bigint[], array['${jobs[0]?.token}']::uuid[], array['no'])`)).toBe(id)
     expect(await value(`klieo.retry_dead('q')`)).toBe('1')
     expect(await value(`klieo.ack_job(${jobs[1]?.id}, '${jobs[1]?.token}')`)).toBe(true)
+
+    await value(`klieo.enqueue('f', '\\x03')`)
+    const claim = async () => {
+      const [job] = await call(`select id, token from klieo.claim('f', 'w')`)
+      return `${job?.id}, '${job?.token}'`
+    }
+    const first = await claim()
+    expect(await value(`klieo.heartbeat(${first})`)).toBeInstanceOf(Date)
+    expect(await value(`klieo.nak(${first}, 60000)`)).toBe(true)
+    expect((await call(`select outcome from klieo.retry_job(${first.split(',')[0]})`))[0]).toEqual({ outcome: 'retried' })
+    expect(await value(`klieo.release(${await claim()})`)).toBe(true)
+    expect(await value(`klieo.dead_letter(${await claim()}, 'no')`)).toBe(true)
+    expect(await value(`klieo.retry_dead('f')`)).toBe('1')
+    expect(await value(`klieo.ack(${await claim()})`)).toBe(true)
+    expect(await value(`klieo.subscribe('f', 'f.*')`)).toBe(true)
+    await value(`klieo.publish('f.a', '\\x03')`)
+    const fetch = async () => {
+      const [message] = await call(`select seq, token from klieo.fetch('f')`)
+      return `'f', ${message?.seq}, '${message?.token}'`
+    }
+    const handed = await fetch()
+    expect(await value(`klieo.extend_message(${handed})`)).toBe(true)
+    expect(await value(`klieo.nak_message(${handed})`)).toBe(true)
+    expect(await value(`klieo.release_message(${await fetch()})`)).toBe(true)
+    expect(await value(`klieo.ack_message(${await fetch()})`)).toBe(true)
+    expect(await value(`klieo.term_message(${handed})`)).toBe(false)
+    expect(await value(`klieo.bury('f')`)).toBe(0)
+    expect(await value('klieo.channel()')).toMatch(/^klieo_/)
+    await value(`klieo.enqueue('p', '\\x03')`)
+    expect(await value(`klieo.pause_queue('p')`)).toBe(true)
+    expect(await call(`select id from klieo.claim('p', 'w')`)).toEqual([])
+    expect(await value(`klieo.resume_queue('p')`)).toBe(true)
+    expect(await value(`klieo.purge_queue('p')`)).toBe('1')
+    expect(await value(`klieo.seek_durable('f')`)).toBe(true)
+    expect(await value(`klieo.purge_messages('f.a')`)).toBe('1')
 
     const revision = await value(`klieo.kv_put('b', 'k', '\\x04', 60000)`)
     expect(await value(`klieo.kv_cas('b', 'k', '\\x05', ${revision})`)).not.toBeNull()
@@ -149,7 +184,8 @@ describe('before Postgres itself', () => {
     await value('klieo.prune_rest(1000000, 10)')
     expect(await value('klieo.restored()')).toBe(false)
     expect(await value('klieo.rebase()')).toBe(false)
-    for (const view of ['queue_stats', 'consumer_stats', 'job_details', 'message_details']) await call(`select * from klieo.${view}`)
+    for (const view of ['queue_stats', 'consumer_stats', 'job_details', 'message_details', 'bucket_stats'])
+      await call(`select * from klieo.${view}`)
     expect(await value('klieo.create_roles()')).toBe(`${schema}_producer`)
     for (const kind of ['producer', 'worker', 'reader', 'admin'])
       await owner.query(`drop owned by ${schema}_${kind}; drop role ${schema}_${kind}`)

@@ -61,6 +61,7 @@ const CORPUS: Readonly<Record<string, readonly string[]>> = {
   'double precision': ['1', 'null', '-1', '0.5', `'NaN'`, `'Infinity'`, `'-Infinity'`, '1e308'],
   boolean: ['false', 'null', 'true'],
   uuid: [UUID, 'null'],
+  xid8: [`'3'::xid8`, 'null', `'18446744073709551615'::xid8`],
   pg_snapshot: [`'1:1:'::pg_snapshot`, 'null', `'1:9223372036854775807:'::pg_snapshot`],
   'timestamp with time zone': ['now()', 'null', `'infinity'`, `'-infinity'`, `'294276-12-31'`, `'4713-01-01 BC'`],
   'text[]': [`array['a']`, 'null', `'{}'::text[]`, 'array[null]::text[]', `array['']`, `array[repeat('x', 3000)]`, `array['a', 'b']`],
