@@ -5,14 +5,13 @@ import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { promisify } from 'node:util'
-import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { type EmbeddedPostgres, startEmbeddedPostgres } from '../../src/testing/index.ts'
 import { startChild } from '../support/child.ts'
-import { databaseUrl } from '../support/server.ts'
 import { type Known, wrongCommands } from './commands.ts'
 import { type Block, complaints, isOutput, outputsOf } from './document.ts'
+import { FreshDatabase, withClient } from './fresh-database.ts'
 import { directoryOf, documents, type Program, Project, programsOf, root, surroundings } from './programs.ts'
 import { concernsCluster, runStatements } from './statements.ts'
 
@@ -98,24 +97,25 @@ for (const { document, blocks, programs } of all) {
   describe(document, () => {
     let url: string
     let server: EmbeddedPostgres | undefined
-    const database = `docs_${crypto.randomUUID().replaceAll('-', '')}`
+    let database: FreshDatabase | undefined
+    // Programs make the schema themselves.
+    const migrate = blocks.find(({ line }) => line === steps[0]?.line)?.language === 'sql'
 
     /** A database of its own, since the examples use the schema's default name; roles and settings would be everybody's on the server. */
     beforeAll(async () => {
       if (blocks.some((block) => block.language === 'sql' && concernsCluster(block))) {
         server = await startEmbeddedPostgres()
         url = server.connectionString
+        if (migrate) await PostgresBus.migrate({ connectionString: url })
       } else {
-        await administrate(`create database ${database}`)
-        url = Object.assign(new URL(databaseUrl()), { pathname: `/${database}` }).href
+        database = await FreshDatabase.make({ migrate })
+        url = database.url
       }
-      // Programs make the schema themselves.
-      if (blocks.find(({ line }) => line === steps[0]?.line)?.language === 'sql') await PostgresBus.migrate({ connectionString: url })
     })
 
     afterAll(async () => {
-      if (server) await server.stop('immediate')
-      else await administrate(`drop database ${database} with (force)`)
+      await server?.stop('immediate')
+      await database?.[Symbol.asyncDispose]()
     })
 
     for (const step of steps) test(`${step.name} at line ${step.line}`, () => step.run(url), 120_000)
@@ -154,14 +154,8 @@ async function runTest(path: string, url: string): Promise<void> {
   )
 }
 
-async function runSql(block: Block, url: string): Promise<void> {
-  const client = new pg.Client({ connectionString: url })
-  await client.connect()
-  try {
-    await runStatements(client, block)
-  } finally {
-    await client.end()
-  }
+function runSql(block: Block, url: string): Promise<void> {
+  return withClient(url, (client) => runStatements(client, block))
 }
 
 async function runCommands(block: Block, url: string): Promise<void> {
@@ -174,11 +168,4 @@ async function runCommands(block: Block, url: string): Promise<void> {
     expect(at, `"${text}" in:\n${stdout}`).toBeGreaterThanOrEqual(0)
     lines.splice(0, at + 1)
   }
-}
-
-async function administrate(statement: string): Promise<void> {
-  const client = new pg.Client({ connectionString: databaseUrl() })
-  await client.connect()
-  await client.query(statement)
-  await client.end()
 }

@@ -2,32 +2,30 @@
 
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import pg from 'pg'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { type Child, startChild } from '../support/child.ts'
-import { databaseUrl } from '../support/server.ts'
 import { eventually } from '../support/wait.ts'
 import { blocksOf } from './document.ts'
+import { FreshDatabase, withClient } from './fresh-database.ts'
 import { Project, programsOf, root, surroundings } from './programs.ts'
 
 const document = 'docs/leader-election.md'
-const database = `docs_${crypto.randomUUID().replaceAll('-', '')}`
-const url = Object.assign(new URL(databaseUrl()), { pathname: `/${database}` }).href
+let database: FreshDatabase
 let project: Project
 
 beforeAll(async () => {
   const around = await surroundings()
   const programs = programsOf(blocksOf(document, await readFile(join(root, document), 'utf8')), around)
   project = await Project.create(programs, around)
-  await administrate(`create database ${database}`)
+  database = await FreshDatabase.make({ migrate: false })
 })
 
 afterAll(async () => {
-  await project[Symbol.asyncDispose]()
-  await administrate(`drop database ${database} with (force)`)
+  await project?.[Symbol.asyncDispose]()
+  await database?.[Symbol.asyncDispose]()
 })
 
-const start = (name: string) => startChild(project.path('leader-election/leader.ts'), { args: [name], env: { DATABASE_URL: url } })
+const start = (name: string) => startChild(project.path('leader-election/leader.ts'), { args: [name], env: { DATABASE_URL: database.url } })
 const hear = (child: Child, text: string) => child.next((line) => line.text === text)
 
 test('K5 the leader of the guide is killed and the other one leads; stopped for longer than its lease, it changes nothing', async () => {
@@ -56,17 +54,9 @@ test('K5 the leader of the guide is killed and the other one leads; stopped for 
 }, 60_000)
 
 /** Of whoever has worked last. */
-async function fenceOf(): Promise<number> {
-  const client = new pg.Client({ connectionString: url })
-  await client.connect()
-  const { rows } = await client.query<{ fence: string }>('select fence from reports')
-  await client.end()
-  return Number(rows[0]!.fence)
-}
-
-async function administrate(statement: string): Promise<void> {
-  const client = new pg.Client({ connectionString: databaseUrl() })
-  await client.connect()
-  await client.query(statement)
-  await client.end()
+function fenceOf(): Promise<number> {
+  return withClient(database.url, async (client) => {
+    const { rows } = await client.query<{ fence: string }>('select fence from reports')
+    return Number(rows[0]!.fence)
+  })
 }

@@ -3,12 +3,12 @@
 import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import pg from 'pg'
+import type pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { decode, PostgresBus } from '../../src/index.ts'
 import { startChild } from '../support/child.ts'
-import { databaseUrl } from '../support/server.ts'
 import { blocksOf } from './document.ts'
+import { FreshDatabase, withClient } from './fresh-database.ts'
 import { Project, programsOf, root, surroundings } from './programs.ts'
 
 interface Boss {
@@ -32,8 +32,8 @@ const installed = existsSync(join(root, 'bench', 'node_modules'))
 const inAnHour = new Date(Date.now() + 3_600_000)
 
 describe.skipIf(!installed)('with the other package installed', () => {
-  const database = `docs_${crypto.randomUUID().replaceAll('-', '')}`
-  const url = Object.assign(new URL(databaseUrl()), { pathname: `/${database}` }).href
+  let database: FreshDatabase
+  let url: string
   let project: Project
 
   beforeAll(async () => {
@@ -44,12 +44,13 @@ describe.skipIf(!installed)('with the other package installed', () => {
     const programs = (await Promise.all(texts)).flatMap(([name, text]) => programsOf(blocksOf(name, text), around))
     project = await Project.create(programs, around)
     await project.linkPeers(around)
-    await administrate(`create database ${database}`)
+    database = await FreshDatabase.make()
+    url = database.url
   })
 
   afterAll(async () => {
-    await project[Symbol.asyncDispose]()
-    await administrate(`drop database ${database} with (force)`)
+    await project?.[Symbol.asyncDispose]()
+    await database?.[Symbol.asyncDispose]()
   })
 
   const move = async (guide: string, queue: string) => {
@@ -102,24 +103,13 @@ describe.skipIf(!installed)('with the other package installed', () => {
     expect(new Set(jobs.map(({ payload }) => decode<{ to: string }>(payload).to)).size).toBe(expected.waiting)
     expect(jobs).toHaveLength(expected.waiting)
     expect(decode(jobs[0]!.payload)).toEqual({ to: expected.first })
-    const client = new pg.Client({ connectionString: url })
-    await client.connect()
-    const { rows } = await client.query<{ payload_text: string; max_attempts: number; run_at: Date }>(
-      "select payload_text, max_attempts, run_at from klieo.job_details where queue = $1 and state = 'scheduled'",
-      [queue],
+    const { rows } = await withClient(url, (client) =>
+      client.query("select payload_text, max_attempts, run_at from klieo.job_details where queue = $1 and state = 'scheduled'", [queue]),
     )
-    await client.end()
     expect(rows).toEqual([{ payload_text: '{"to":"later"}', max_attempts: expected.laterAttempts, run_at: inAnHour }])
   }
 })
 
 function peer(path: string): string {
   return join(root, 'bench', 'node_modules', path)
-}
-
-async function administrate(statement: string): Promise<void> {
-  const client = new pg.Client({ connectionString: databaseUrl() })
-  await client.connect()
-  await client.query(statement)
-  await client.end()
 }

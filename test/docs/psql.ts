@@ -4,9 +4,6 @@ import { execFile, spawn } from 'node:child_process'
 import { access, constants, readdir, readFile } from 'node:fs/promises'
 import { delimiter, join } from 'node:path'
 import { promisify } from 'node:util'
-import pg from 'pg'
-import { PostgresBus } from '../../src/index.ts'
-import { databaseUrl } from '../support/server.ts'
 
 const DOCS = join(import.meta.dirname, '..', '..', 'docs')
 /** The prompt of a statement, and of the lines it goes on with. */
@@ -107,38 +104,6 @@ export async function differences(name: string, psql: string, url: string): Prom
         : [`docs/${name}:${step.line}: ${step.typed}\n${actual}\n-- and not --\n${step.printed}`]
     })
     .join('\n\n')
-}
-
-/** A database of its own, in which the schema has its default name. */
-export class FreshDatabase implements AsyncDisposable {
-  readonly name: string
-  readonly url: string
-
-  private constructor(name: string) {
-    this.name = name
-    this.url = Object.assign(new URL(databaseUrl()), { pathname: `/${name}` }).href
-  }
-
-  static async make(): Promise<FreshDatabase> {
-    const database = new FreshDatabase(`docs_${crypto.randomUUID().replaceAll('-', '')}`)
-    await onServer(`create database ${database.name}`)
-    await PostgresBus.migrate({ connectionString: database.url })
-    return database
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await onServer(`drop database ${this.name} with (force)`)
-  }
-}
-
-export async function onServer(...statements: readonly string[]): Promise<void> {
-  const client = new pg.Client({ connectionString: databaseUrl() })
-  await client.connect()
-  try {
-    for (const statement of statements) await client.query(statement)
-  } finally {
-    await client.end()
-  }
 }
 
 /** A python3 that has psycopg 3. */

@@ -9,7 +9,8 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { PostgresBus, Worker } from '../../src/index.ts'
 import { Child } from '../support/child.ts'
 import { eventually } from '../support/wait.ts'
-import { blocksOf, document, FreshDatabase, findPython } from './psql.ts'
+import { FreshDatabase } from './fresh-database.ts'
+import { blocksOf, document, findPython } from './psql.ts'
 
 const text = await document('python-worker.md')
 const python = await findPython()

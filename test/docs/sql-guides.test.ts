@@ -3,7 +3,8 @@
 import { spawn } from 'node:child_process'
 import pg from 'pg'
 import { afterAll, beforeAll, expect, test } from 'vitest'
-import { differences, FreshDatabase, findPsql } from './psql.ts'
+import { FreshDatabase } from './fresh-database.ts'
+import { differences, findPsql } from './psql.ts'
 
 const psql = await findPsql()
 let database: FreshDatabase

@@ -2,7 +2,8 @@
 
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { blocksOf, differences, document, FreshDatabase, findPsql, onServer, stepsOf } from './psql.ts'
+import { FreshDatabase, onServer } from './fresh-database.ts'
+import { blocksOf, differences, document, findPsql, stepsOf } from './psql.ts'
 
 const text = await document('sql.md')
 const psql = await findPsql()

@@ -6,14 +6,14 @@ import pg from 'pg'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { encode, PostgresBus, Worker } from '../../src/index.ts'
 import { startChild } from '../support/child.ts'
-import { databaseUrl } from '../support/server.ts'
 import { deferred, eventually } from '../support/wait.ts'
 import { type Block, blocksOf } from './document.ts'
+import { FreshDatabase, withClient } from './fresh-database.ts'
 import { Project, programsOf, root, surroundings } from './programs.ts'
 
 const document = 'docs/workers-in-production.md'
-const database = `docs_${crypto.randomUUID().replaceAll('-', '')}`
-const url = Object.assign(new URL(databaseUrl()), { pathname: `/${database}` }).href
+let database: FreshDatabase
+let url: string
 let text: string
 let blocks: Block[]
 let project: Project
@@ -23,13 +23,13 @@ beforeAll(async () => {
   text = await readFile(join(root, document), 'utf8')
   blocks = blocksOf(document, text)
   project = await Project.create(programsOf(blocks, around), around)
-  await withClient(databaseUrl(), (client) => client.query(`create database ${database}`))
-  await PostgresBus.migrate({ connectionString: url })
+  database = await FreshDatabase.make()
+  url = database.url
 })
 
 afterAll(async () => {
-  await project[Symbol.asyncDispose]()
-  await withClient(databaseUrl(), (client) => client.query(`drop database ${database} with (force)`))
+  await project?.[Symbol.asyncDispose]()
+  await database?.[Symbol.asyncDispose]()
 })
 
 test('SIGTERM lets the handler of the guide end, and the process with it', async () => {
@@ -127,14 +127,4 @@ function inWords(seconds: number): string {
   const [h, min, s] = [Math.floor(seconds / 3_600), Math.floor((seconds % 3_600) / 60), seconds % 60]
   if (h > 0) return `${h} h ${min} min`
   return min > 0 ? `${min} min ${s} s` : `${s} s`
-}
-
-async function withClient<T>(connectionString: string, use: (client: pg.Client) => Promise<T>): Promise<T> {
-  const client = new pg.Client({ connectionString })
-  await client.connect()
-  try {
-    return await use(client)
-  } finally {
-    await client.end()
-  }
 }

@@ -4,7 +4,8 @@ import type pg from 'pg'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { type Session, session, untilBlocked } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
-import { blocksOf, document, FreshDatabase } from './psql.ts'
+import { FreshDatabase } from './fresh-database.ts'
+import { blocksOf, document } from './psql.ts'
 
 const text = await document('when-something-is-wrong.md')
 const queries = text
