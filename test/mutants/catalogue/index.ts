@@ -3,6 +3,7 @@ import { adminMutants } from './admin.ts'
 import { callMutants } from './calls.ts'
 import { contractMutants } from './contracts.ts'
 import { deliveryMutants } from './deliveries.ts'
+import { foreignMutants } from './foreign.ts'
 import { jobMutants } from './jobs.ts'
 import { keyMutants } from './keys.ts'
 import { logMutants } from './log.ts'
@@ -15,6 +16,7 @@ export const mutants: readonly Mutant[] = [
   ...keyMutants,
   ...callMutants,
   ...adminMutants,
+  ...foreignMutants,
   ...memoryMutants,
   ...contractMutants,
 ]
