@@ -65,6 +65,17 @@ test('the package works by its own name, compiled strictly against its declarati
   })
 }, 120_000)
 
+test('every path that it exports can be imported, an adapter without its client', async () => {
+  const { exports } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { exports: Record<string, unknown> }
+  const paths = Object.keys(exports).filter((path) => path !== './package.json')
+  expect(paths).toEqual(expect.arrayContaining(['.', './memory', './testing', './adapters/drizzle', './adapters/prisma']))
+  const adapters = (await readdir(join(root, 'dist', 'adapters'))).filter((name) => name.endsWith('.js') && name !== 'adapted.js')
+  expect(paths.filter((path) => path.startsWith('./adapters/'))).toEqual(adapters.map((name) => `./adapters/${name.slice(0, -3)}`).sort())
+  const script = `for (const path of ${JSON.stringify(paths)}) console.log(path, Object.keys(await import('klieo-bus' + path.slice(1))).length > 0)`
+  const { stdout } = await run(process.execPath, ['--input-type=module', '--eval', script], { cwd: project })
+  expect(stdout.trim().split('\n')).toEqual(paths.map((path) => `${path} true`))
+})
+
 test('the command is installed and migrates', async () => {
   const command = join(project, 'node_modules', '.bin', 'klieo-bus')
   const env = { ...process.env, DATABASE_URL: databaseUrl() }
