@@ -17,7 +17,8 @@ const examples = page
     const directory = title.toLowerCase().replaceAll(/[^a-z]+/g, '-')
     const block = (language: string) => new RegExp(`^\`\`\`${language}\\n([\\s\\S]*?)^\`\`\``, 'm').exec(section)?.[1]
     const code = block('ts')
-    return code === undefined ? [] : [{ title, directory, code, schema: block('prisma') }]
+    const installed = /^`npm install (.*)`$/m.exec(section)?.[1]?.split(' ') ?? []
+    return code === undefined ? [] : [{ title, directory, code, schema: block('prisma'), installed }]
   })
 
 let project: Project
@@ -41,6 +42,16 @@ test('docs/transactions.md has a block for every client that its table names, an
   expect(anchors).toEqual(expect.arrayContaining(linked))
   expect(linked).toEqual(expect.arrayContaining(anchors))
   expect(examples.length).toBe(9)
+})
+
+test('a block imports what its section installs, and these are the clients here', async () => {
+  const { dependencies } = JSON.parse(await readFile(join(import.meta.dirname, 'package.json'), 'utf8')) as { dependencies: object }
+  for (const { title, code, installed } of examples) {
+    expect(Object.keys(dependencies), title).toEqual(expect.arrayContaining(installed))
+    const imported = [...code.matchAll(/ from '((?:@[^/']+\/)?[^/'.]+)/g)].map(([, name]) => name!).filter((name) => name !== 'klieo-bus')
+    expect(imported.length, title).toBeGreaterThan(0)
+    expect(installed, title).toEqual(expect.arrayContaining(imported))
+  }
 })
 
 test('every block compiles strictly', async () => {
