@@ -1,9 +1,9 @@
 -- klieo-bus, functions: what a worker or consumer needs that has nothing but a connection, in any language. They check their arguments as
 -- enqueue() does and say in a value what became of a settlement; beneath them are the functions that the packages call. docs/sql.md is their
--- reference.
+-- reference, docs/adr/0012-foreign-workers.md says why they are as they are.
 --
--- A settlement that comes too late answers false (a heartbeat null) and raises nothing: it may run in the caller's own transaction, beside what the
--- handler wrote, and the caller decides what becomes of that.
+-- A settlement that comes too late answers false (a heartbeat null) and raises nothing: it may run in the caller's own transaction, beside
+-- what the handler wrote, and the caller decides what becomes of that.
 --
 -- Claiming and fetching are for transactions of their own. A claim that is rolled back with its work counts no attempt, so that a job which
 -- kills its worker would come back for ever; and nobody but the claiming transaction could extend a lease that it has not committed.
