@@ -8,7 +8,7 @@ import { promisify } from 'node:util'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { type EmbeddedPostgres, startEmbeddedPostgres } from '../../src/testing/index.ts'
-import { startChild } from '../support/child.ts'
+import { type Line, startChild } from '../support/child.ts'
 import { type Known, wrongCommands } from './commands.ts'
 import { type Block, complaints, isOutput, outputsOf } from './document.ts'
 import { FreshDatabase, withClient } from './fresh-database.ts'
@@ -137,11 +137,18 @@ function blockStep(block: Block): Step[] {
   return [{ name: 'the commands print what they say', line, run: (url) => runCommands(block, url) }]
 }
 
-async function runProgram({ document, path, outputs }: Program, url: string): Promise<void> {
+async function runProgram({ document, path, outputs, line }: Program, url: string): Promise<void> {
   const cwd = project.path(directoryOf(document))
+  const textOf = (printed: Line) => (typeof printed.text === 'string' ? printed.text : JSON.stringify(printed))
   await using child = startChild(project.path(path), { env: { DATABASE_URL: url }, cwd })
-  for (const text of outputs)
-    await child.next((line) => isOutput(text, typeof line.text === 'string' ? line.text : JSON.stringify(line)), PATIENCE_MS)
+  for (const expected of outputs) {
+    await child
+      .next((printed) => isOutput(expected, textOf(printed)), PATIENCE_MS)
+      .catch((error: Error) => {
+        const printed = child.unread().map(textOf).join('\n')
+        throw new Error(`${document}:${line} does not print "${expected}", but:\n${printed}\n${error.message}`, { cause: error })
+      })
+  }
 }
 
 async function runTest(path: string, url: string): Promise<void> {
