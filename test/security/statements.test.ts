@@ -146,7 +146,9 @@ describe('the source', () => {
   })
 
   test('names are quoted in one place', () => {
-    const quoting = files.filter((file) => !file.startsWith('testing/') && /'""'|escapeIdentifier|escapeLiteral|quote_ident/.test(read(file)))
+    const quoting = files.filter(
+      (file) => !file.startsWith('testing/') && /'""'|escapeIdentifier|escapeLiteral|quote_ident/.test(read(file)),
+    )
     expect(quoting).toEqual([HOME_OF_QUOTING])
   })
 })
