@@ -7,6 +7,7 @@ export interface ArgumentSpec {
   readonly optional?: true
   /** Takes all that follow; the last argument alone. */
   readonly rest?: true
+  readonly choices?: readonly string[]
   /** Shown in the place of the argument's name. */
   readonly shownAs?: string
 }

@@ -11,7 +11,7 @@ interface Word {
 interface Tree {
   /** What may follow the words of a command, the first word of several, or nothing. */
   readonly after: ReadonlyMap<string, readonly Word[]>
-  /** What may follow an option of a command, or its last word: `jobs ls:--state`. */
+  /** What may follow an option of a command: `jobs ls:--state`. */
   readonly choices: ReadonlyMap<string, readonly string[]>
 }
 
@@ -36,6 +36,9 @@ function treeOf(commands: readonly Command[]): Tree {
     const siblings = commands.filter((other) => other.name.startsWith(`${first} `)).map((other) => other.name.split(' ')[1])
     add('', { text: first, says: second === undefined ? summary : siblings.join(', ') })
     if (second !== undefined) add(first, { text: second, says: summary })
+    for (const { choices: some = [], description } of Object.values(command.arguments)) {
+      for (const text of some) add(name, { text, says: description })
+    }
     for (const [option, { description, choices: some }] of Object.entries(optionsOf(command))) {
       add(name, { text: `--${option}`, says: description })
       if (some) choices.set(`${name}:--${option}`, some)
@@ -43,7 +46,6 @@ function treeOf(commands: readonly Command[]): Tree {
   }
   add('', { text: 'help', says: 'what there is' })
   add('', { text: '--version', says: 'which one this is' })
-  choices.set('completion:completion', ['bash', 'zsh'])
   return { after, choices }
 }
 

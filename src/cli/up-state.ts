@@ -53,7 +53,8 @@ function isAlive(pid: number): boolean {
 /** @returns the folder, which git does not see */
 export function makeFolder(directory: string): string {
   const folder = join(directory, FOLDER)
-  mkdirSync(folder, { recursive: true })
+  // Not recursive: in a directory that takes none, Node tries for ever.
+  if (!statSync(folder, { throwIfNoEntry: false })?.isDirectory()) mkdirSync(folder)
   writeFileSync(join(folder, '.gitignore'), '*\n')
   return folder
 }

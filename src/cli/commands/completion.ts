@@ -4,7 +4,7 @@ import { EXIT } from '../failure.ts'
 const completion = command({
   name: 'completion',
   summary: 'print a script that completes commands and options',
-  arguments: { shell: { description: 'bash or zsh' } },
+  arguments: { shell: { description: 'bash or zsh', choices: ['bash', 'zsh'] } },
   options: {},
   examples: [
     { line: 'source <(klieo-bus completion bash)', says: 'in ~/.bashrc' },

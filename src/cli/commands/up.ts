@@ -1,4 +1,3 @@
-import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { PostgresBus } from '../../index.ts'
@@ -39,7 +38,7 @@ const up = command({
     refuseSecond(directory)
     using interrupts = new Interrupts()
     const folder = makeFolder(directory)
-    const server = await start(directory, join(folder, 'postgres'), options.port ?? (await freeAgain(lastPort(folder))))
+    const server = await start(directory, join(folder, 'postgres'), options.port, lastPort(folder))
     let bus: PostgresBus | undefined
     try {
       const { PostgresBus } = await import('../../index.ts')
@@ -84,20 +83,31 @@ function isAlive(pid: number): boolean {
   }
 }
 
-async function start(directory: string, dataDir: string, port: number | undefined): Promise<EmbeddedPostgres> {
+/** @param preferred tried first; another one does as well */
+async function start(
+  directory: string,
+  dataDir: string,
+  fixed: number | undefined,
+  preferred: number | undefined,
+): Promise<EmbeddedPostgres> {
   const { startEmbeddedPostgres } = await import('../../testing/index.ts')
   const deadline = performance.now() + FORMER_MAY_TAKE_MS
+  let port = fixed ?? preferred
   for (;;) {
     try {
       return await startEmbeddedPostgres({ dataDir, keep: true, ...(port === undefined ? {} : { port }) })
     } catch (error) {
       if (!isBusFailure(error)) throw error
       const text = error.message.replace(/^startEmbeddedPostgres:? ?/, '')
-      if (error.code !== 'conflict')
+      const isTaken = error.code === 'unavailable' && /^port \d+ is in use/.test(text)
+      if (isTaken && port !== fixed) port = undefined
+      else if (error.code !== 'conflict') {
         throw new Failure(EXIT.failed, `up ${text.startsWith('needs') ? text : `failed: ${text}`} [${error.code}]`)
-      refuseSecond(directory)
-      if (performance.now() > deadline) throw new Failure(EXIT.taken, `up: ${text} [${error.code}]`)
-      await sleep(LOOK_EVERY_MS)
+      } else {
+        refuseSecond(directory)
+        if (performance.now() > deadline) throw new Failure(EXIT.taken, `up: ${text} [${error.code}]`)
+        await sleep(LOOK_EVERY_MS)
+      }
     }
   }
 }
@@ -109,15 +119,6 @@ function refuseSecond(directory: string): void {
     EXIT.taken,
     `a klieo-bus up is running in ${directory} already (process ${running.pid}), its server is ${shownUrl(running.url)}`,
   )
-}
-
-async function freeAgain(port: number | undefined): Promise<number | undefined> {
-  if (port === undefined) return undefined
-  const server = createServer()
-  const { promise, resolve } = Promise.withResolvers<boolean>()
-  server.on('error', () => resolve(false))
-  server.listen(port, '127.0.0.1', () => server.close(() => resolve(true)))
-  return (await promise) ? port : undefined
 }
 
 export const COMMANDS = [up]

