@@ -50,3 +50,10 @@ export function hasMethods(value: unknown, names: readonly string[]): boolean {
   if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return false
   return reading('tx', value, () => names.every((name) => typeof (value as Record<string, unknown>)[name] === 'function'))
 }
+
+/** An instance of postgres.js may be set to give every column a name in PascalCase. */
+export function inLowerCase(rows: Record<string, unknown>[]): Record<string, unknown>[] {
+  const lower = (name: string) => name.toLowerCase()
+  if (Object.keys(rows[0] ?? {}).every((name) => name === lower(name))) return rows
+  return rows.map((row) => Object.fromEntries(Object.entries(row).map(([name, value]) => [lower(name), value])))
+}

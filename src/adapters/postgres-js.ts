@@ -1,4 +1,4 @@
-import { type AdaptedTx, fromPostgresJs, hasMethods, notATransaction } from './adapted.ts'
+import { type AdaptedTx, fromPostgresJs, hasMethods, inLowerCase, notATransaction, over } from './adapted.ts'
 
 interface Unsafe {
   unsafe(query: string, parameters: never): PromiseLike<unknown>
@@ -6,6 +6,8 @@ interface Unsafe {
 
 /** What `sql.begin` hands its callback, or a connection that `sql.reserve` has set aside and that has begun. */
 export type PostgresJsTransaction = (Unsafe & { savepoint(work: never): unknown }) | (Unsafe & { release(): void })
+
+type Send = (query: string, parameters: unknown[]) => PromiseLike<Record<string, unknown>[]>
 
 /**
  * The transaction that `sql.begin` or `savepoint` hands its callback, or a reserved connection.
@@ -15,11 +17,12 @@ export function postgresJsTx(tx: PostgresJsTransaction): AdaptedTx {
   if (!hasMethods(tx, ['unsafe', 'savepoint']) && !hasMethods(tx, ['unsafe', 'release'])) {
     throw notATransaction(tx, 'what sql.begin hands its callback, or a reserved connection, not sql itself')
   }
-  const unsafe = tx.unsafe.bind(tx) as (query: string, parameters: unknown[]) => PromiseLike<Record<string, unknown>[]>
+  const send = tx.unsafe.bind(tx) as Send
   return {
     async query(text, values) {
       try {
-        return { rows: inLowerCase(await unsafe(text, values)) }
+        await checkOpen(tx, (query) => send(query, []))
+        return { rows: inLowerCase(await send(text, values)) }
       } catch (error) {
         throw fromPostgresJs(error)
       }
@@ -27,9 +30,22 @@ export function postgresJsTx(tx: PostgresJsTransaction): AdaptedTx {
   }
 }
 
-/** An instance may be set to give every column a name in PascalCase. */
-function inLowerCase(rows: Record<string, unknown>[]): Record<string, unknown>[] {
-  const lower = (name: string) => name.toLowerCase()
-  if (Object.keys(rows[0] ?? {}).every((name) => name === lower(name))) return rows
-  return rows.map((row) => Object.fromEntries(Object.entries(row).map(([name, value]) => [lower(name), value])))
+/** Which transaction each was when it was first seen. */
+const seen = new WeakMap<object, string>()
+
+/** Nothing outside of a transaction block, where a statement is its own transaction. */
+const WHICH = `select case when now() <> statement_timestamp() then pg_backend_pid() || ' ' || extract(epoch from now()) end as transaction`
+
+/**
+ * postgres.js 3.4 connects anew under a transaction whose connection was lost, and sends what is left of it there: by itself, or in the
+ * middle of somebody else's transaction. A message would be there without its row. So each call asks first where it is.
+ * @param tx a reserved connection may have one transaction after the other
+ * @throws invalid_argument
+ */
+export async function checkOpen(tx: object, send: (query: string) => PromiseLike<Record<string, unknown>[]>): Promise<void> {
+  const transaction = inLowerCase(await send(WHICH))[0]?.transaction
+  if (typeof transaction !== 'string') throw over()
+  if (hasMethods(tx, ['release'])) return
+  if ((seen.get(tx) ?? transaction) !== transaction) throw over()
+  seen.set(tx, transaction)
 }

@@ -13,18 +13,18 @@ export async function connectOnPg(connectionString: string): Promise<Client> {
   // pg ends the process otherwise, when a connection breaks.
   pool.on('error', () => {})
   pool.on('connect', (client) => client.on('error', () => {}))
-  return client(drizzleOnPg(pool))
+  return client(drizzleOnPg(pool), false)
 }
 
 export async function connectOnPostgresJs(connectionString: string): Promise<Client> {
-  const sql = postgres(connectionString, { max: 2, onnotice: () => {} })
-  return client(drizzleOnPostgresJs(sql))
+  const sql = postgres(connectionString, { max: 1, onnotice: () => {} })
+  return client(drizzleOnPostgresJs(sql), true)
 }
 
 type Schema = Record<string, never>
 type Transaction<H extends PgQueryResultHKT> = Parameters<Parameters<PgDatabase<H, Schema>['transaction']>[0]>[0]
 
-function client<H extends PgQueryResultHKT>(db: PgDatabase<H, Schema>): Client {
+function client<H extends PgQueryResultHKT>(db: PgDatabase<H, Schema>, knowsOver: boolean): Client {
   const opened = (tx: Transaction<H>): OpenTransaction & { drizzle: Transaction<H> } => ({
     drizzle: tx,
     tx: drizzleTx(tx),
@@ -35,6 +35,6 @@ function client<H extends PgQueryResultHKT>(db: PgDatabase<H, Schema>): Client {
     nested: (open, work) => (open as ReturnType<typeof opened>).drizzle.transaction((inner) => work(opened(inner))),
     // @ts-expect-error the database itself
     mistaken: { database: () => drizzleTx(db), nothing: () => drizzleTx(undefined as never) },
-    knowsOver: false,
+    knowsOver,
   }
 }

@@ -17,13 +17,13 @@ export async function connect(connectionString: string, options: Options = {}): 
     nested: (open, work) => (open as ReturnType<typeof opened>).sql.savepoint((inner) => work(opened(inner))),
     // @ts-expect-error the instance itself
     mistaken: { instance: () => postgresJsTx(sql), nothing: () => postgresJsTx(undefined as never) },
-    knowsOver: false,
+    knowsOver: true,
   }
 }
 
-/** Columns in PascalCase, and undefined for null. */
+/** Columns in PascalCase, undefined for null, and one connection. */
 export function connectTransforming(connectionString: string): Promise<Client> {
-  return connect(connectionString, { transform: { ...postgres.pascal, undefined: null } })
+  return connect(connectionString, { max: 1, transform: { ...postgres.pascal, undefined: null } })
 }
 
 /** A connection set aside, which begins and ends by hand. */
@@ -44,6 +44,6 @@ export async function connectReserved(connectionString: string): Promise<Client>
       }
     },
     mistaken: {},
-    knowsOver: false,
+    knowsOver: true,
   }
 }

@@ -270,6 +270,38 @@ const steps: Readonly<Record<string, () => Promise<Record<string, unknown>>>> = 
     return found
   },
 
+  async 'connection lost while idle'() {
+    const stage = await setTheStage()
+    let code: unknown
+    let another: Promise<unknown> | undefined
+    await rejected(
+      client.transaction(async (transaction) => {
+        await everything(transaction, stage)
+        const begun = Promise.withResolvers<void>()
+        const end = Promise.withResolvers<void>()
+        // Where the client has one connection, this one waits for it.
+        another = rejected(
+          client.transaction(async ({ insert }) => {
+            begun.resolve()
+            await end.promise
+            await insert(1_000_000 + stage.n)
+          }),
+        )
+        await pool.query(
+          `select pg_terminate_backend(pid, 5000) from pg_stat_activity
+           where datname = current_database() and state = 'idle in transaction' and backend_xid is not null`,
+        )
+        await begun.promise
+        code = await codeOf(() => bus.jobs.enqueue(`idle-${stage.n}`, { payload: 'x' }, { tx: transaction.tx }))
+        end.resolve()
+        throw new Error('no')
+      }),
+    )
+    await another
+    const { rowCount } = await pool.query('select from "App-Bus".job_details where queue = $1', [`idle-${stage.n}`])
+    return { code, enqueued: rowCount, after: await seen(stage) }
+  },
+
   async 'connection lost'() {
     const stage = await setTheStage()
     const other = await pool.connect()
