@@ -40,7 +40,7 @@ export function positional(text: string, values: readonly unknown[]): { readonly
   return { sql, bindings }
 }
 
-/** Knex puts the statement, with the values filled in, before what the server said. */
+/** Knex puts the whole statement before what the server said. */
 function withoutStatement(error: unknown): unknown {
   if (!(error instanceof Error)) return error
   const at = error.message.lastIndexOf(' - ')

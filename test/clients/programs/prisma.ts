@@ -16,3 +16,18 @@ export async function connect(connectionString: string): Promise<Client> {
     knowsOver: true,
   }
 }
+
+/** A client that has been extended. */
+export async function connectExtended(connectionString: string): Promise<Client> {
+  const prisma = new PrismaClient({ adapter: new PrismaPg({ connectionString, max: 2 }) }).$extends({
+    query: { $allModels: { $allOperations: ({ args, query }) => query(args) } },
+    model: { row: { nothing: () => 0 } },
+  })
+  return {
+    transaction: (work) =>
+      prisma.$transaction((tx) => work({ tx: prismaTx(tx), insert: (id) => tx.row.create({ data: { id } }) }), { timeout: 20_000 }),
+    // @ts-expect-error the client itself
+    mistaken: { client: () => prismaTx(prisma) },
+    knowsOver: true,
+  }
+}
