@@ -81,6 +81,12 @@ test('every link to a file finds it', async () => {
   expect(missing).toEqual([])
 })
 
+test('the index of docs/ has every document', async () => {
+  const index = await readFile(join(root, 'docs', 'README.md'), 'utf8')
+  const names = all.map(({ document }) => document).filter((document) => document.startsWith('docs/') && document !== 'docs/README.md')
+  expect(names.filter((document) => !index.includes(`](${document.slice('docs/'.length)})`))).toEqual([])
+})
+
 test('every JSON is one', () => {
   for (const { blocks } of all) for (const { language, code } of blocks) if (language === 'json') JSON.parse(code)
 })
