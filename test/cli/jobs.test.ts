@@ -280,7 +280,7 @@ describe('work', () => {
     child.interruptGroup()
     expect(await child.exited).toEqual({ code: 130, signal: null })
     await eventually(() => expect(() => process.kill(pid, 0)).toThrow())
-    expect(await job(id)).toMatchObject({ state: expect.stringMatching(/ready|scheduled/) })
+    expect(await job(id)).toMatchObject({ state: 'ready', attempts: 1 })
   })
 
   test('--grace ends the waiting: the commands are told to stop', async () => {

@@ -49,8 +49,7 @@ const work = command({
     await Promise.race([aborted(interrupts.drain), readerGone])
     const stopping = worker.stop({ graceMs: options.grace ?? FOR_EVER_MS })
     await Promise.race([stopping, aborted(interrupts.kill)])
-    // The commands are dead, or are just being killed: their jobs go back with the bus.
-    if (!interrupts.kill.aborted) await stopping
+      if (!interrupts.kill.aborted) await stopping
     if (output.isGone) throw await readerGone
     return interrupts.kill.aborted ? EXIT.interrupted : EXIT.done
   },
@@ -85,6 +84,8 @@ async function handle(job: ClaimedJob<never>, signal: AbortSignal, { line, outpu
     onOutput: async (chunk) => (output.json ? void process.stderr.write(chunk) : output.write(chunk)),
     onError: (chunk) => void process.stderr.write(chunk),
   })
+  // It was killed by us: the job goes back as it is, with the bus.
+  if (interrupts.kill.aborted) return new Promise<never>(() => {})
   if (signal.aborted) {
     await report('lost', result.code)
     throw signal.reason
