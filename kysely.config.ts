@@ -3,7 +3,7 @@
 import { PostgresDialect } from 'kysely'
 import { defineConfig } from 'kysely-ctl'
 import pg from 'pg'
-import { createMigrator } from './src/postgres/migrations.ts'
+import { createMigrator } from './src/postgres/migrator.ts'
 
 const connectionString = process.env.DATABASE_URL
 

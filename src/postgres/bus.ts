@@ -23,7 +23,7 @@ import { PostgresJobs } from './jobs.ts'
 import { PostgresKv } from './kv.ts'
 import { Listener } from './listener.ts'
 import { Maintenance } from './maintenance.ts'
-import { checkSchemaState, migrate, migrationScript, readSchemaState } from './migrations.ts'
+import { checkSchemaState, migrate, readSchemaState } from './migrations.ts'
 import { Presence } from './presence.ts'
 import { PostgresPubsub } from './pubsub.ts'
 import { PostgresRequestReply } from './request-reply.ts'
@@ -207,6 +207,7 @@ export class PostgresBus implements Bus<PostgresTx> {
   static async migrationSql(given: Pick<PostgresBusOptions, 'connectionString' | 'pool' | 'schema'> = {}): Promise<string> {
     const options = optionsOf(given, ['connectionString', 'pool', 'schema'])
     const { schema } = check(options)
+    const { migrationScript } = await import('./migrator.ts')
     return withPool(options, schema, async (pool) => migrationScript(await lookForMissing(pool, schema), schema))
   }
 

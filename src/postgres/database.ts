@@ -7,7 +7,7 @@
  */
 
 import { createHash } from 'node:crypto'
-import { CompiledQuery, type Transaction } from 'kysely'
+import type { CompiledQuery, Transaction } from 'kysely'
 import pg from 'pg'
 import { BusError, closedError, invalid, isBusError, kindOf, reading } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
@@ -78,6 +78,14 @@ function checkAnswer(rows: readonly Row[], { rows: count, orNone = false, column
       `tx: its query() must resolve to what the server answers: ${count} row(s) with the columns ${columns.join(', ')}`,
     )
   }
+}
+
+/** Loaded with the first transaction of Kysely's: it is most of what there is to load, and few hand one in. */
+let compiled: typeof CompiledQuery | undefined
+
+async function loadKysely(): Promise<typeof CompiledQuery> {
+  compiled ??= (await import('kysely')).CompiledQuery
+  return compiled
 }
 
 export class Database {
@@ -181,7 +189,7 @@ export class Database {
 
   async #sendIn<R extends Row>(tx: PostgresTx, sql: string, values: readonly unknown[]): Promise<R[]> {
     const answer: { readonly rows?: unknown } | undefined = isKysely(tx)
-      ? await tx.executeQuery<R>(CompiledQuery.raw(sql, [...values]))
+      ? await tx.executeQuery<R>((compiled ?? (await loadKysely())).raw(sql, [...values]))
       : await (tx as QueryableTx).query(sql, [...values])
     const rows = answer?.rows
     if (!Array.isArray(rows) || !rows.every((row) => typeof row === 'object' && row !== null)) {

@@ -6,7 +6,8 @@ import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { Kysely, PostgresDialect } from 'kysely'
 import pg from 'pg'
-import { createMigrator, migrationNames } from '../../../../src/postgres/migrations.ts'
+import { migrationNames } from '../../../../src/postgres/migrations.ts'
+import { createMigrator } from '../../../../src/postgres/migrator.ts'
 import { inSchema } from '../../../../src/postgres/schema-name.ts'
 
 const ROOT = fileURLToPath(new URL('../../../../', import.meta.url))
