@@ -36,7 +36,8 @@ export function groupHelp(commands: readonly Command[]): string {
   return `${rows(commands.map((command) => [usageOf(command), command.summary]))}\n`
 }
 
-export function commandHelp(command: Command): string {
+/** @param siblings whose first word is this command */
+export function commandHelp(command: Command, siblings: readonly Command[] = []): string {
   const own = Object.entries(command.arguments).map(([name, { shownAs, description }]): [string, string] => [
     shownAs ?? name.toUpperCase(),
     description,
@@ -46,6 +47,7 @@ export function commandHelp(command: Command): string {
   const parts = [
     `${usageOf(command)}\n\n${wrapped(introductionOf(command), '')}`,
     ...(own.length > 0 ? [rows(own)] : []),
+    ...(siblings.length > 0 ? [rows(siblings.map((sibling) => [usageOf(sibling), sibling.summary]))] : []),
     `Options:\n${optionRows({ ...command.options, ...common })}`,
     `Examples:\n${command.examples.map(({ line, says }) => `  ${line.replaceAll('\n', '\n  ')}\n      ${says}`).join('\n')}`,
     `Exit codes:\n${codeRows(codes)}`,

@@ -5,7 +5,7 @@ import { readFileSync } from 'node:fs'
 import { EXIT, exitCodeOf, Failure, isBusFailure, ReaderGone, sentence, UsageError } from './failure.ts'
 import { Output } from './output.ts'
 import { parse, splitAtCommand } from './parse.ts'
-import { allCommands, findCommand } from './registry.ts'
+import { allCommands, findCommand, siblingsOf } from './registry.ts'
 import { Session } from './session.ts'
 
 const LEAST_NODE = 22
@@ -50,7 +50,7 @@ async function help(output: Output, words: readonly string[]): Promise<number> {
   const { commandHelp, groupHelp, overview } = await import('./help.ts')
   if (words.length === 0) return say(output, overview(await allCommands()))
   const found = await findCommand(words)
-  return say(output, 'group' in found ? groupHelp(found.group) : commandHelp(found.command))
+  return say(output, 'group' in found ? groupHelp(found.group) : commandHelp(found.command, await siblingsOf(found.command.name)))
 }
 
 async function say(output: Output, text: string): Promise<number> {

@@ -31,6 +31,11 @@ export async function allCommands(): Promise<Command[]> {
   return (await Promise.all(GROUPS.map(({ load }) => load()))).flat()
 }
 
+/** `queues pause` and its like, of `queues`. */
+export async function siblingsOf(name: string): Promise<Command[]> {
+  return (await allCommands()).filter((command) => command.name.startsWith(`${name} `))
+}
+
 export interface Found {
   readonly command: Command
   /** What follows the command's words. */

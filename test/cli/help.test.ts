@@ -43,6 +43,10 @@ describe('--help', () => {
     expect((await klieo(['kv', '--help'], nowhere)).stdout).toContain('kv put BUCKET KEY [VALUE]')
   })
 
+  test('of a command that is also the first word of others names them', async () => {
+    expect((await klieo(['queues', '--help'], nowhere)).stdout).toContain('klieo-bus queues pause QUEUE')
+  })
+
   test('every example is a line that a shell can read', () => {
     for (const { examples } of commands) for (const { line } of examples) execFileSync('bash', ['-n', '-c', line])
   })

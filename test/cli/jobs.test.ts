@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
+import { session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
 import { build, complaint, directory, klieo, shell, start, text } from './command.ts'
 
@@ -129,6 +130,26 @@ describe('enqueue', () => {
     const ran = await shell(`head -c 50000000 /dev/zero | klieo-bus enqueue ${queue}`, { env })
     expect(ran.code).toBe(1)
     expect(ran.stderr).toContain('nothing was enqueued; line 1: it is larger than')
+  })
+
+  test('a connection that is lost in the middle leaves one batch of which nobody knows, and the message says which lines', async () => {
+    const queue = freshQueue()
+    await using child = start(['enqueue', queue, '--batch', '2'], { env, input: 'a\nb\n' })
+    await eventually(async () => (await peek(queue)) === 2)
+    await using blocker = await session(databaseUrl())
+    await blocker.query('begin')
+    await blocker.query(`lock table "${schema}".jobs in share mode`)
+    child.write('c\nd\n')
+    await eventually(async () => {
+      const { rows } = await blocker.query('select pg_terminate_backend(pid) from pg_stat_activity where $1 = any(pg_blocking_pids(pid))', [
+        blocker.pid,
+      ])
+      return rows.length > 0
+    })
+    expect(await child.exited).toMatchObject({ code: 1 })
+    await blocker.query('rollback')
+    expect(child.stderr).toMatch(/^klieo-bus: 2 of the lines were enqueued; of lines 3 to 4 either all or none were: .*\[connection\]\n$/)
+    expect(await payloads(queue)).toEqual(['a', 'b'])
   })
 
   test('Ctrl-C enqueues what was read and says how much that is', async () => {

@@ -119,6 +119,11 @@ export class Child implements AsyncDisposable {
     this.#process.stdin!.write(`${JSON.stringify(message)}\n`)
   }
 
+  /** Writes to its stdin as it is. */
+  write(text: string): void {
+    this.#process.stdin!.write(text)
+  }
+
   /** Ends its stdin. */
   endInput(): void {
     this.#process.stdin!.end()

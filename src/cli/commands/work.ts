@@ -49,7 +49,6 @@ const work = command({
     await Promise.race([aborted(interrupts.drain), readerGone])
     const stopping = worker.stop({ graceMs: options.grace ?? FOR_EVER_MS })
     await Promise.race([stopping, aborted(interrupts.kill)])
-      if (!interrupts.kill.aborted) await stopping
     if (output.isGone) throw await readerGone
     return interrupts.kill.aborted ? EXIT.interrupted : EXIT.done
   },
