@@ -34,7 +34,10 @@ begin
   end if;
   queue := j.queue;
   if j.died_at is not null then
-    perform klieo.retry_dead(j.queue, j.id);
+    -- As retry_dead() does, which may look through all the dead of the queue for it.
+    update klieo.jobs x
+    set died_at = null, attempts = 0, token = null, run_at = clock_timestamp(), visible_at = clock_timestamp()
+    where x.id = retry_job.id;
     outcome := 'retried';
   elsif j.visible_at <= clock_timestamp() then
     outcome := 'ready';
@@ -107,30 +110,43 @@ comment on function klieo.remove_job(bigint) is
 create function klieo.purge_queue(queue text, states text[] default '{ready,scheduled,dead}', max_jobs int default null) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
-set jit = off as $$
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-  v_count bigint;
+  v_dead bigint := 0;
+  v_rest bigint := 0;
 begin
   perform klieo.check_name('queue', purge_queue.queue);
   if purge_queue.states is null or not purge_queue.states <@ array['ready', 'scheduled', 'dead'] then
     raise exception 'states must be of ready, scheduled and dead' using errcode = '22023';
   end if;
-  with chosen as materialized (
-    select j.id
-    from klieo.jobs j
-    where j.queue = purge_queue.queue
-      and case
-        when j.died_at is not null then 'dead' = any (purge_queue.states)
-        when j.visible_at <= clock_timestamp() then 'ready' = any (purge_queue.states)
-        else j.token is null and 'scheduled' = any (purge_queue.states)
-      end
-    limit purge_queue.max_jobs
-    for update skip locked
-  )
-  delete from klieo.jobs j where j.id = any (array(select chosen.id from chosen));
-  get diagnostics v_count = row_count;
-  return v_count;
+  -- The dead and the living are in an index each, and no index has both.
+  if 'dead' = any (purge_queue.states) then
+    delete from klieo.jobs j
+    where j.id = any (array(
+      select d.id from klieo.jobs d
+      where d.queue = purge_queue.queue and d.died_at is not null
+      limit purge_queue.max_jobs
+      for update skip locked));
+    get diagnostics v_dead = row_count;
+  end if;
+  if purge_queue.states && array['ready', 'scheduled'] then
+    delete from klieo.jobs j
+    where j.id = any (array(
+      select l.id from klieo.jobs l
+      where l.queue = purge_queue.queue and l.died_at is null
+        and case
+          when l.visible_at <= clock_timestamp() then 'ready' = any (purge_queue.states)
+          else l.token is null and 'scheduled' = any (purge_queue.states)
+        end
+      limit purge_queue.max_jobs - v_dead
+      for update skip locked));
+    get diagnostics v_rest = row_count;
+  end if;
+  return v_dead + v_rest;
 end
 $$;
 comment on function klieo.purge_queue(text, text[], int) is
@@ -240,10 +256,13 @@ begin
   using unnest(v_txs, v_seqs) as c(tx, seq)
   where m.tx = c.tx and m.seq = c.seq;
   get diagnostics purged = row_count;
-  -- Whoever holds one may settle it. One that nobody holds would be looked for, and not found.
+  -- Whoever holds one may settle it. One that nobody holds would be looked for, and not found. By durable and then by seq, as the index
+  -- has them; and `is true` keeps this a look into a hash table, which as a join might become one into all that is purged for each.
   delete from klieo.deliveries d
-  using klieo.consumer_offsets o, unnest(v_seqs) as c(seq)
-  where d.consumer_id = o.id and d.seq = c.seq and d.token is null;
+  where d.consumer_id = any (array(select o.id from klieo.consumer_offsets o))
+    and d.seq between (select min(c.seq) from unnest(v_seqs) as c(seq)) and (select max(c.seq) from unnest(v_seqs) as c(seq))
+    and d.token is null
+    and (d.seq in (select c.seq from unnest(v_seqs) as c(seq))) is true;
   return next;
 end
 $$;

@@ -170,6 +170,33 @@ test('A2 a purge of more than fits in one statement removes all that was there',
   await held.ack()
 })
 
+test('A2 one dead job is retried, and a small queue purged, without a look at the jobs beside them', async () => {
+  const many = freshQueue()
+  const few = freshQueue()
+  await bus.jobs.enqueueMany(
+    many,
+    Array.from({ length: 10_000 }, () => ({ payload: 'x' })),
+  )
+  await observer.query(`update ${schema}.jobs set died_at = now() where queue = $1`, [many])
+  const pages = async (call: string) => {
+    const { rows } = await caller.query(`explain (analyze, buffers, format json) select * from ${schema}.${call}`)
+    const [{ Plan: plan }] = (rows[0] as { 'QUERY PLAN': [{ Plan: Record<string, number> }] })['QUERY PLAN']
+    return (plan['Shared Hit Blocks'] ?? 0) + (plan['Shared Read Blocks'] ?? 0)
+  }
+  const { rows: dead } = await observer.query(`select id from ${schema}.jobs where queue = $1 order by id limit 10`, [many])
+  const retried: number[] = []
+  const purged: number[] = []
+  // The first of them also pay for the making of plans, which looks at the catalogs.
+  for (const { id } of dead as { id: string }[]) {
+    retried.push(await pages(`retry_job(${id})`))
+    await bus.jobs.enqueue(few, { payload: 'x' })
+    purged.push(await pages(`purge_queue('${few}')`))
+  }
+  expect([await left(many), await left(few)]).toEqual([10_000, 0])
+  expect(Math.min(...retried)).toBeLessThan(60)
+  expect(Math.min(...purged)).toBeLessThan(60)
+})
+
 test('A1 what the role may not is told with the grant for it', async () => {
   const role = `looks_${schema}`
   await observer.query(`create role "${role}" login`)

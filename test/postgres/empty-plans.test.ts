@@ -48,6 +48,22 @@ test('P5 redeliveries are found by their time', async () => {
   expect(await indexes('final_due', 'int', final, '1')).toEqual(['deliveries_final'])
 })
 
+test('A5 what waits of purged messages is found by durable and seq, not by a walk through all deliveries for each', async () => {
+  await observer.query(`prepare purged(bigint[]) as
+    delete from deliveries d
+    where d.consumer_id = any (array(select o.id from consumer_offsets o))
+      and d.seq between (select min(c.seq) from unnest($1) as c(seq)) and (select max(c.seq) from unnest($1) as c(seq))
+      and d.token is null
+      and (d.seq in (select c.seq from unnest($1) as c(seq))) is true`)
+  const { rows } = await observer.query(`explain (costs off) execute purged('{}')`)
+  const plan = (rows as { 'QUERY PLAN': string }[]).map((row) => row['QUERY PLAN'].trim())
+  expect(plan.filter((line) => line.includes('Scan using') && line.includes('deliveries'))).toEqual([
+    expect.stringContaining('deliveries_pkey'),
+  ])
+  expect(plan.find((line) => line.startsWith('Index Cond: ((consumer_id = ANY'))).toContain('(seq >= ')
+  expect(plan.find((line) => line.startsWith('Filter: ((token IS NULL)'))).toContain('hashed SubPlan')
+})
+
 test('J6 jobs are settled by their primary key', async () => {
   const one = 'delete from jobs j where j.id = $1 and j.token = $2'
   expect(await indexes('job', 'bigint, uuid', one, '1, null')).toEqual(['jobs_pkey'])
