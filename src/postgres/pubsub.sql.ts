@@ -10,7 +10,8 @@ export const CREATE_DURABLE = `
   select id
   from klieo.create_durable($1, $2, $3, to_timestamp($4::double precision / 1000::double precision), $5) as id`
 
-export const FIND_DURABLE = `select id, filter, created_at::text as made_at from klieo.find_durable($1)`
+/** $1 name. The time as a number: as a timestamp it would be told in the time zone of the session. */
+export const FIND_DURABLE = `select id, filter, extract(epoch from created_at)::text as made_at from klieo.find_durable($1)`
 
 export const DELETE_DURABLE = `select klieo.delete_durable($1) as done`
 
