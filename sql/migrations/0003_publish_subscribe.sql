@@ -232,6 +232,7 @@ declare
   v_due boolean;
   v_final boolean;
   v_more boolean := false;
+  v_again boolean := false;
   v_full boolean := false;
   v_moved boolean := false;
   v_room int;
@@ -281,7 +282,7 @@ begin
         from due
         left join lateral (select octet_length(m.payload) as size from klieo.messages m where m.tx = due.tx and m.seq = due.seq limit 1) m on true
       ), vanished as (
-        -- Somebody has deleted the message by hand: it must not be in the way for ever.
+        -- The message was purged, or deleted by hand: it must not be in the way for ever.
         delete from klieo.deliveries d
         where d.consumer_id = fetch_messages.consumer and d.seq = any (array(select sized.seq from sized where sized.size is null))
       ), again as (
@@ -297,9 +298,26 @@ begin
       select
         coalesce(array_agg(again.tx order by again.tx, again.seq), '{}'), coalesce(array_agg(again.seq order by again.tx, again.seq), '{}'),
         coalesce(array_agg(again.attempt order by again.tx, again.seq), '{}'), coalesce(array_agg(again.token order by again.tx, again.seq), '{}'),
-        v_bytes - coalesce((select max(sized.bytes) from sized where sized.bytes - sized.size < fetch_messages.max_bytes), 0)
-      into v_tx, v_seq, v_attempt, v_token, v_bytes
+        v_bytes - coalesce((select max(sized.bytes) from sized where sized.bytes - sized.size < fetch_messages.max_bytes), 0),
+        (select count(*) from sized where sized.size is null) = fetch_messages.max_messages
+      into v_tx, v_seq, v_attempt, v_token, v_bytes, v_again
       from again;
+      if v_again then
+        -- Nothing else of what was looked at. What is behind it is looked at at once, and is not to wait for as many fetches as were purged.
+        delete from klieo.deliveries d
+        where d.consumer_id = fetch_messages.consumer
+          and d.seq = any (array(
+            select g.seq
+            from (
+              select d.tx, d.seq
+              from klieo.deliveries d
+              where d.consumer_id + 0 = fetch_messages.consumer and d.visible_at <= v_now and not d.final
+              order by d.visible_at, d.seq
+              limit 1000
+              for update skip locked
+            ) g
+            where not exists (select from klieo.messages m where m.tx = g.tx and m.seq = g.seq)));
+      end if;
     end if;
 
     v_room := fetch_messages.max_messages - cardinality(v_seq);
@@ -426,7 +444,7 @@ begin
     order by h.n;
   -- The last row tells how to go on.
   return query
-    select null::xid8, null::bigint, null::text, null::jsonb, null::bytea, null::timestamptz, null::int, null::uuid, v_more, v_final,
+    select null::xid8, null::bigint, null::text, null::jsonb, null::bytea, null::timestamptz, null::int, null::uuid, v_more or v_again, v_final,
       least(
         case when v_full then 50 end,
         (select extract(epoch from d.visible_at - clock_timestamp()) * 1000

@@ -155,8 +155,16 @@ begin
         else d.alive_until < clock_timestamp() - interval '1 minute'
       end
     limit least(prune_rest.max_rows, 500)));
-  -- Deliveries whose durable is gone.
-  delete from klieo.deliveries d where not exists (select from klieo.consumer_offsets o where o.id = d.consumer_id);
+  -- Deliveries whose durable is gone or was moved, but for those that an open transaction is about to settle.
+  with gone as materialized (
+    select d.consumer_id, d.seq
+    from klieo.deliveries d
+    where not exists (select from klieo.consumer_offsets o where o.id = d.consumer_id)
+    for update skip locked
+  )
+  delete from klieo.deliveries d
+  using gone
+  where d.consumer_id = gone.consumer_id and d.seq = gone.seq;
   return v_most;
 end
 $$;

@@ -1,6 +1,8 @@
 /** What an operator does to durables and messages beside those who hold, fetch and settle them: the steps of two sessions, written out. */
 
+import pg from 'pg'
 import { describe, expect, test } from 'vitest'
+import { PostgresBus } from '../../src/index.ts'
 import { session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
 import {
@@ -16,8 +18,10 @@ import {
   other,
   QUIET_MS,
   rows,
+  SHORT_MS,
   schema,
   setTheStage,
+  untilExpired,
   untilWaitedFor,
 } from './support/messages-stage.ts'
 import { outcome, Taker } from './support/outcome.ts'
@@ -60,6 +64,40 @@ describe('a durable that is moved', () => {
     expect(await rival.take(QUIET_MS)).toBeNull()
     await observer.query(`select ${schema}.prune_rest(1000000, 1000)`)
     expect(await orphans()).toBe(0)
+  })
+
+  test('A6 what a move left to an open transaction holds up no upkeep: it is removed later', async () => {
+    await using stage = await held()
+    await caller.query('begin')
+    await stage.message.ack({ tx: caller })
+    await bus.admin.seekDurable(stage.durable, 'new')
+    await using upkeep = await session(connectionString)
+    await upkeep.query(`set lock_timeout = '2s'`)
+    await upkeep.query(`select ${schema}.prune_rest(1000000, 1000)`)
+    expect(await orphans()).toBe(1)
+    await caller.query('rollback')
+    await upkeep.query(`select ${schema}.prune_rest(1000000, 1000)`)
+    expect(await orphans()).toBe(0)
+  })
+
+  test('A4 its members move with it, whatever time zone their sessions have', async () => {
+    const durable = freshDurable()
+    const pool = new pg.Pool({ connectionString, max: 1 })
+    await pool.query(`set timezone = 'Asia/Tokyo'`)
+    const member = await PostgresBus.connect({ pool, schema, maintenance: false, pollIntervalMs: 100 })
+    try {
+      await using stream = await member.pubsub.subscribe(durable, durable)
+      const taker = new Taker(stream)
+      const { seq } = await bus.pubsub.publish(durable, 'p')
+      await (await taker.expect()).ack()
+      // The next connection of the pool is made anew, and has the time zone of the server.
+      await pool.query('select pg_terminate_backend(pg_backend_pid())').catch(() => {})
+      await bus.admin.seekDurable(durable, 'all')
+      expect((await taker.expect()).seq).toBe(seq)
+    } finally {
+      await member.close()
+      await pool.end()
+    }
   })
 
   test('A4 a fetch that waits for the durable while it is moved begins again at the new place, and repeats nothing', async () => {
@@ -129,6 +167,21 @@ describe('a purge', () => {
     await stage.message.nak()
     expect(await deadLetters(stage.durable)).toEqual([])
     expect(await rows(stage.durable)).toEqual([])
+  })
+
+  test('P5 what is due comes at once, however many messages were purged that were due before it', async () => {
+    const durable = freshDurable()
+    await observer.query(`select ${schema}.subscribe($1, $2)`, [durable, `${durable}.>`])
+    await bus.pubsub.publishMany(Array.from({ length: 900 }, () => ({ subject: `${durable}.purged`, payload: 'x' })))
+    const { seq } = await bus.pubsub.publish(`${durable}.kept`, 'x')
+    const { rowCount } = await observer.query(`select from ${schema}.fetch($1, 1000, $2)`, [durable, SHORT_MS])
+    expect(rowCount).toBe(901)
+    expect(await bus.admin.purgeMessages(`${durable}.purged`)).toBe(900)
+    await untilExpired(durable)
+    await using stream = await bus.pubsub.subscribe(`${durable}.>`, durable, { ackWaitMs: LONG_MS })
+    const message = await new Taker(stream).expect(1_000)
+    expect([message.seq, message.attempt]).toEqual([seq, 2])
+    expect((await rows(durable)).length).toBe(1)
   })
 
   test('A5 an ack in an open transaction holds nobody up', async () => {

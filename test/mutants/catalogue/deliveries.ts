@@ -152,8 +152,8 @@ export const deliveryMutants: readonly Mutant[] = [
     edits: [
       {
         file: SQL,
-        find: 'd.visible_at <= v_now and not d.final\n',
-        replace: 'd.visible_at <= v_now and not d.final and d.token is null\n',
+        find: 'd.visible_at <= v_now and not d.final\n        order by',
+        replace: 'd.visible_at <= v_now and not d.final and d.token is null\n        order by',
       },
     ],
     files: [POSTGRES],
