@@ -1261,14 +1261,15 @@ begin
   if not found then
     raise exception 'the durable does not exist' using errcode = 'KB001';
   end if;
+  -- Who is handed nothing pauses, and does not learn that there is more. So he walks farther past what is not for him: for a third of a second.
   return query
     select m.seq, m.subject, m.headers, m.payload, m.published_at, m.attempt, m.token
-    from klieo.fetch_messages(v_id, "fetch".max_messages, "fetch".ack_wait_ms, "fetch".max_ack_pending, "fetch".max_deliver, 16777216) m
+    from klieo.fetch_messages(v_id, "fetch".max_messages, "fetch".ack_wait_ms, "fetch".max_ack_pending, "fetch".max_deliver, 16777216, 50000) m
     where m.seq is not null;
 end
 $function$;
 
-CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint)
+CREATE OR REPLACE FUNCTION klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint, max_scan integer DEFAULT 4000)
  RETURNS TABLE(tx xid8, seq bigint, subject text, headers jsonb, payload bytea, published_at timestamp with time zone, attempt integer, token uuid, more boolean, final_due boolean, due_in_ms double precision)
  LANGUAGE plpgsql
  SECURITY DEFINER
@@ -1488,7 +1489,7 @@ begin
       c.pos_tx := p.last_tx;
       c.pos_seq := p.last_seq;
       v_more := true;
-      exit when v_bytes <= 0 or v_scanned >= 4000;
+      exit when v_bytes <= 0 or v_scanned >= fetch_messages.max_scan;
       v_scan := least(1000, greatest(v_room, case when cardinality(p.seq) * 4 < p.candidates then v_scan * 4 else v_scan end));
     end loop;
 
@@ -4096,7 +4097,7 @@ comment on function klieo.extend_message(durable text, seq bigint, token uuid, a
 
 comment on function klieo.extend_waiting(consumers integer[], seqs bigint[], tokens uuid[], waits_ms bigint[]) is 'Restarts visibility timeouts, after whoever has locked the deliveries; answers the positions of those whose token is still valid then.';
 
-comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
+comment on function klieo.fetch_messages(consumer integer, max_messages integer, ack_wait_ms bigint, max_ack_pending integer, max_deliver integer, max_bytes bigint, max_scan integer) is 'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes, of about max_scan looked at. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 
 comment on function klieo.filter_pattern(filter text) is 'The regular expression of a filter: * is one token, a last > one or more.';
 

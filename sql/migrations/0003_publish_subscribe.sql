@@ -206,7 +206,8 @@ comment on function klieo.delete_durable(text) is 'Deletes a durable, its positi
 -- later one: a snapshot from before the lock would move the cursor backwards. Both need READ COMMITTED.
 --
 -- Only committed dead letters may be published elsewhere; here nothing is (see bury_deliveries).
-create function klieo.fetch_messages(consumer int, max_messages int, ack_wait_ms bigint, max_ack_pending int, max_deliver int, max_bytes bigint)
+create function klieo.fetch_messages(
+  consumer int, max_messages int, ack_wait_ms bigint, max_ack_pending int, max_deliver int, max_bytes bigint, max_scan int default 4000)
 returns table (
   tx xid8, seq bigint, subject text, headers jsonb, payload bytea, published_at timestamptz, attempt int, token uuid,
   more boolean, final_due boolean, due_in_ms double precision)
@@ -426,7 +427,7 @@ begin
       c.pos_tx := p.last_tx;
       c.pos_seq := p.last_seq;
       v_more := true;
-      exit when v_bytes <= 0 or v_scanned >= 4000;
+      exit when v_bytes <= 0 or v_scanned >= fetch_messages.max_scan;
       v_scan := least(1000, greatest(v_room, case when cardinality(p.seq) * 4 < p.candidates then v_scan * 4 else v_scan end));
     end loop;
 
@@ -454,8 +455,8 @@ begin
          limit 1))::double precision;
 end
 $$;
-comment on function klieo.fetch_messages(int, int, bigint, int, int, bigint) is
-  'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
+comment on function klieo.fetch_messages(int, int, bigint, int, int, bigint, int) is
+  'Hands out messages of a durable: due redeliveries first, then new ones, at most max_messages and about max_bytes, of about max_scan looked at. The last row has a null seq and says whether there is more at once, whether deliveries wait to be dead-lettered, and when the next redelivery is due.';
 
 create function klieo.bury_deliveries(consumer int, max_messages int) returns int
 language plpgsql security definer

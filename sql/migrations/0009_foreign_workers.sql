@@ -218,9 +218,10 @@ begin
   if not found then
     raise exception 'the durable does not exist' using errcode = 'KB001';
   end if;
+  -- Who is handed nothing pauses, and does not learn that there is more. So he walks farther past what is not for him: for a third of a second.
   return query
     select m.seq, m.subject, m.headers, m.payload, m.published_at, m.attempt, m.token
-    from klieo.fetch_messages(v_id, "fetch".max_messages, "fetch".ack_wait_ms, "fetch".max_ack_pending, "fetch".max_deliver, 16777216) m
+    from klieo.fetch_messages(v_id, "fetch".max_messages, "fetch".ack_wait_ms, "fetch".max_ack_pending, "fetch".max_deliver, 16777216, 50000) m
     where m.seq is not null;
 end
 $$;

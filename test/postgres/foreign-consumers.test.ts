@@ -118,6 +118,15 @@ describe('subscribing', () => {
 })
 
 describe('fetching', () => {
+  test('P3 a fetch that comes back empty says that nothing is there, also to a durable that takes little of what is published', async () => {
+    const name = await durable()
+    await publisher.query(
+      `select count(*) from ${schema}.publish_many(array_fill('other'::text, array[9000]), ''::bytea, array_fill(1, array[9000]), array_fill(0, array[9000]), null, null)`,
+    )
+    const seq = await publish(name)
+    expect((await fetch(one, name)).map((message) => message.seq)).toEqual([seq])
+  })
+
   test('P3 two members share a durable, each message going to one; P8 in the order of publishing', async () => {
     const name = await durable()
     const seqs: string[] = []
