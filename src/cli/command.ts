@@ -12,10 +12,11 @@ export interface ArgumentSpec {
   readonly shownAs?: string
 }
 
-/** What an option's text becomes. `duration`: milliseconds, from `500ms`, `30s`, `5m`, `1h`, `7d`. `time`: a Date, from ISO 8601. */
+/** What an option's text becomes. `command`: a line for the shell, not empty. `duration`: milliseconds, from `500ms`, `30s`, `5m`, `1h`, `7d`. `time`: a Date, from ISO 8601. */
 export interface OptionKinds {
   readonly flag: boolean
   readonly text: string
+  readonly command: string
   readonly integer: number
   readonly duration: number
   readonly time: Date

@@ -5,7 +5,7 @@ import type { PostgresBus, PostgresBusOptions } from '../index.ts'
 import { EXIT, Failure, isBusFailure, sentence } from './failure.ts'
 import { findRunning } from './up-state.ts'
 
-const PG_VARIABLES = ['PGHOST', 'PGPORT', 'PGDATABASE', 'PGUSER'] as const
+export const PG_VARIABLES = ['PGHOST', 'PGPORT', 'PGDATABASE', 'PGUSER'] as const
 
 export interface Target {
   /** None: what PG* say, and the defaults of Postgres. */

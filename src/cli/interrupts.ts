@@ -1,15 +1,21 @@
 /**
- * Ctrl-C, and what service managers send. The first one asks to end in order: what runs is let end. The second one kills it.
+ * Ctrl-C, and what service managers send. The first one asks to end in order: what runs is let end. The second one kills it, and ends
+ * klieo-bus even where a server does not answer.
  */
 
+import { EXIT } from './failure.ts'
+
+/** To hand back what was held. */
+const KILLED_MAY_TAKE_MS = 2_000
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 
 export class Interrupts {
   readonly #drain = new AbortController()
   readonly #kill = new AbortController()
   readonly #onSignal = () => {
-    if (this.#drain.signal.aborted) this.#kill.abort()
-    else this.#drain.abort()
+    if (!this.#drain.signal.aborted) return this.#drain.abort()
+    this.#kill.abort()
+    setTimeout(() => process.exit(EXIT.interrupted), KILLED_MAY_TAKE_MS).unref()
   }
 
   constructor() {

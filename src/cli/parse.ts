@@ -99,7 +99,8 @@ function read(who: string, specs: OptionSpecs, argv: readonly string[]) {
 
 function unknownOption(who: string, rawName: string, specs: OptionSpecs): UsageError {
   const meant = rawName.startsWith('--') ? nearest(rawName.slice(2), Object.keys(specs)) : undefined
-  const hint = meant === undefined ? '' : `; did you mean --${meant}?`
+  const dash = rawName.startsWith('--') ? '' : '; an argument that begins with - stands behind --'
+  const hint = meant === undefined ? dash : `; did you mean --${meant}?`
   return new UsageError(`${who} has no option "${rawName}"${hint}`)
 }
 

@@ -1,5 +1,6 @@
 /** Payloads come as an argument or, as bytes, from standard input. */
 
+import { fstatSync } from 'node:fs'
 import type { OptionSpecs } from './command.ts'
 import { EXIT, Failure, UsageError } from './failure.ts'
 import type { Output } from './output.ts'
@@ -28,6 +29,12 @@ export const PAYLOAD_ARGUMENT = {
   optional: true,
 } as const
 
+/** @throws UsageError for a directory, which Node takes for an empty file */
+export function standardInput(): NodeJS.ReadStream {
+  if (fstatSync(0).isDirectory()) throw new UsageError('standard input is a directory', { seeHelp: false })
+  return process.stdin
+}
+
 /**
  * The argument's text, or everything on standard input.
  * @throws UsageError on a terminal without an argument, where waiting in silence would look like work
@@ -39,7 +46,7 @@ export async function payloadOf(argument: string | undefined, maxBytes: number):
   }
   const chunks: Buffer[] = []
   let size = 0
-  for await (const chunk of process.stdin as AsyncIterable<Buffer>) {
+  for await (const chunk of standardInput() as AsyncIterable<Buffer>) {
     chunks.push(chunk)
     size += chunk.byteLength
     if (size > maxBytes) {

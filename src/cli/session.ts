@@ -22,11 +22,6 @@ export class Session {
     return this.#target
   }
 
-  /** The schema that was asked for by name, if any. */
-  get schema(): string | undefined {
-    return this.#schema ?? (process.env.KLIEO_SCHEMA || undefined)
-  }
-
   /** A bus that is closed when the command has ended. */
   async connect(options: ConnectOptions = {}): Promise<PostgresBus> {
     const bus = await connect(this.target, options)

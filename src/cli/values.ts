@@ -15,6 +15,10 @@ export function typedValue(name: string, spec: OptionSpec, text: string): string
       return durationOf(name, text)
     case 'time':
       return timeOf(name, text)
+    case 'command':
+      // An empty one would succeed, and all jobs would be done.
+      if (text.trim() === '') throw new UsageError(`${name} must not be empty`)
+      return text
     default:
       if (spec.choices && !spec.choices.includes(text)) {
         throw new UsageError(`${name} is one of ${spec.choices.join(', ')}, not "${text}"`)

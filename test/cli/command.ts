@@ -25,6 +25,27 @@ export interface Ran {
   readonly objects: Record<string, unknown>[]
 }
 
+class Finished implements Ran {
+  readonly code: number | null
+  readonly signal: NodeJS.Signals | null
+  readonly stdout: string
+  readonly stderr: string
+
+  constructor(code: number | null, signal: NodeJS.Signals | null, stdout: string, stderr: string) {
+    this.code = code
+    this.signal = signal
+    this.stdout = stdout
+    this.stderr = stderr
+  }
+
+  get objects(): Record<string, unknown>[] {
+    return this.stdout
+      .split('\n')
+      .filter(Boolean)
+      .map((line) => JSON.parse(line) as Record<string, unknown>)
+  }
+}
+
 export interface RunOptions {
   readonly input?: string | Uint8Array
   /** Instead of the server of the tests; what is undefined is taken away. */
@@ -66,20 +87,7 @@ async function finished(child: ReturnType<typeof spawn>, input: string | Uint8Ar
   child.stdin!.on('error', () => {}).end(input)
   const { promise, resolve, reject } = Promise.withResolvers<Ran>()
   child.on('error', reject)
-  child.on('close', (code, signal) =>
-    resolve({
-      code,
-      signal,
-      stdout,
-      stderr,
-      get objects() {
-        return stdout
-          .split('\n')
-          .filter(Boolean)
-          .map((line) => JSON.parse(line) as Record<string, unknown>)
-      },
-    }),
-  )
+  child.on('close', (code, signal) => resolve(new Finished(code, signal, stdout, stderr)))
   return promise
 }
 

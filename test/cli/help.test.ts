@@ -75,6 +75,8 @@ describe('wrong usage is one sentence and exit code 2:', () => {
     ['an argument too few', ['kv', 'get', 'a'], 'kv get needs KEY: the key'],
     ['an argument too many', ['publish', 'a', 'b', 'c'], 'publish takes no argument "c"'],
     ['work without a command', ['work', 'q'], 'work needs --exec COMMAND'],
+    ['work with an empty command', ['work', 'q', '--exec', ' '], '--exec must not be empty'],
+    ['an argument that looks like an option', ['publish', 'a', '-5'], 'an argument that begins with - stands behind --'],
     ['a shell that there is no completion for', ['completion', 'fish'], 'completion is for bash and zsh, not "fish"'],
     ['migrate --down', ['migrate', '--down'], 'migrate has no way down: dropping what a migration made would lose the messages'],
   ]

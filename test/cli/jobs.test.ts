@@ -132,6 +132,12 @@ describe('enqueue', () => {
     expect(ran.stderr).toContain('nothing was enqueued; line 1: it is larger than')
   })
 
+  test('standard input that is a directory is no empty file', async () => {
+    const ran = await shell(`klieo-bus enqueue ${freshQueue()} < /tmp`, { env })
+    expect(ran.code).toBe(2)
+    expect(complaint(ran)).toBe('standard input is a directory')
+  })
+
   test('a connection that is lost in the middle leaves one batch of which nobody knows, and the message says which lines', async () => {
     const queue = freshQueue()
     await using child = start(['enqueue', queue, '--batch', '2'], { env, input: 'a\nb\n' })

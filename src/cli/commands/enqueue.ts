@@ -1,11 +1,11 @@
 import { fstatSync } from 'node:fs'
 import type { Job, PostgresBus } from '../../index.ts'
 import { command } from '../command.ts'
-import { EXIT, Failure, isBusFailure, sentence, UsageError } from '../failure.ts'
+import { EXIT, Failure, isBusFailure, ReaderGone, sentence, UsageError } from '../failure.ts'
 import { Interrupts } from '../interrupts.ts'
 import { type Line, linesOf } from '../lines.ts'
 import type { Output } from '../output.ts'
-import { HEADER_OPTION, MAX_PAYLOAD_OPTION } from '../payload.ts'
+import { HEADER_OPTION, MAX_PAYLOAD_OPTION, standardInput } from '../payload.ts'
 import { progressOn } from '../progress.ts'
 import { number, plural } from '../text.ts'
 import { headersOf } from '../values.ts'
@@ -84,6 +84,7 @@ async function enqueueLines(bus: PostgresBus, queue: string, rest: Omit<Job, 'pa
   using interrupts = new Interrupts()
   // Nothing more is read, and what was read is enqueued.
   interrupts.drain.addEventListener('abort', () => process.stdin.destroy())
+  const input = standardInput()
   const progress = progressOn(process.stderr, 'jobs')
   const size = sizeOf(process.stdin.fd)
   let done = 0
@@ -107,7 +108,7 @@ async function enqueueLines(bus: PostgresBus, queue: string, rest: Omit<Job, 'pa
     progress.show(done, size === undefined ? undefined : read / size)
   }
   try {
-    for await (const line of linesOf(untilDestroyed(process.stdin), maxBytes)) {
+    for await (const line of linesOf(untilDestroyed(input), maxBytes)) {
       const problem = interrupts.drain.aborted ? undefined : problemOf(line, options)
       if (problem !== undefined) {
         await send()
@@ -120,6 +121,12 @@ async function enqueueLines(bus: PostgresBus, queue: string, rest: Omit<Job, 'pa
       if (waiting.length >= batch || waitingBytes >= BATCH_BYTES) await send()
     }
     await send()
+  } catch (error) {
+    if (error instanceof Failure || error instanceof ReaderGone) throw error
+    // Standard input failed, not we: what it gave is enqueued.
+    await send()
+    progress.end()
+    throw new Failure(EXIT.failed, `${enqueuedSoFar(done)}; standard input cannot be read: ${sentence(error)}`, { cause: error })
   } finally {
     progress.end()
   }

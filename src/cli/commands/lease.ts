@@ -20,7 +20,7 @@ export const lease = command({
     'The lease is extended while the command runs, and released when it has ended. When it is lost (the server was out of reach for longer than --ttl) the command gets SIGTERM, 5 seconds later SIGKILL. KLIEO_FENCE grows with each grant: hand it to whatever the lease protects.',
   arguments: { bucket: { description: 'the name of the bucket' }, key: { description: 'the key' } },
   options: {
-    exec: { type: 'text', value: 'COMMAND', description: 'what to run, with KLIEO_FENCE, KLIEO_BUCKET and KLIEO_KEY', required: true },
+    exec: { type: 'command', value: 'COMMAND', description: 'what to run, with KLIEO_FENCE, KLIEO_BUCKET and KLIEO_KEY', required: true },
     ttl: { type: 'duration', value: 'TIME', description: 'how long the lease outlives a holder that dies', default: '30s' },
     wait: { type: 'duration', value: 'TIME', description: 'how long to wait for whoever holds it', default: '0s' },
   },

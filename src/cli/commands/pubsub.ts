@@ -47,7 +47,7 @@ const subscribe = command({
     durable: { type: 'text', short: 'd', value: 'NAME', description: 'the durable to join, or to make' },
     start: { type: 'text', value: 'WHERE', description: 'where a durable that is made begins: all, new, the number of a message, a time' },
     exec: {
-      type: 'text',
+      type: 'command',
       value: 'COMMAND',
       description: 'run it for each message: payload on standard input, the rest in KLIEO_* variables',
     },
@@ -166,8 +166,14 @@ function show(output: Output, raw: boolean): (message: Msg<never>) => Promise<vo
   return async (message) => {
     if (raw) await output.write(Buffer.concat([message.payload, Buffer.from('\n')]))
     else await output.result(fieldsOf(message), lineOf(output, message))
-    await message.ack()
+    await message.ack().catch((error) => warnOf(output, message, error))
   }
+}
+
+/** A settlement that failed is no end: the message comes again, here or elsewhere. */
+function warnOf(output: Output, { seq, attempt }: Msg<never>, error: unknown): void {
+  if (!isBusFailure(error)) throw error
+  if (error.code !== 'closed') output.warn(`message ${seq}, attempt ${attempt}: ${sentence(error)}`)
 }
 
 function lineOf(output: Output, { seq, subject, attempt, headers, payload }: Msg<never>): string {
@@ -219,8 +225,7 @@ function runFor(
       if (!ok) output.warn(`message ${seq}, attempt ${attempt}: ${failureOf({ ...result, tail: '' })}; it is delivered again`)
       if (output.json) await output.object({ ...fieldsOf(message), outcome: ok ? 'acked' : 'failed', exitCode: result.code })
     } catch (error) {
-      if (!isBusFailure(error) || !['lease_lost', 'already_settled'].includes(error.code)) throw error
-      output.warn(`message ${seq}, attempt ${attempt}: ${sentence(error)}`)
+      warnOf(output, message, error)
     } finally {
       clearInterval(beat)
     }

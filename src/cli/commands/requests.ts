@@ -41,7 +41,7 @@ const respond = command({
   arguments: { filter: { description: "a subject; * is one token, a last > the rest: 'price.*'" } },
   options: {
     exec: {
-      type: 'text',
+      type: 'command',
       value: 'COMMAND',
       description: 'run for each request, with KLIEO_SUBJECT and headers in KLIEO_HEADER_*',
       required: true,

@@ -3,7 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { PostgresBus } from '../../index.ts'
 import type { EmbeddedPostgres } from '../../testing/index.ts'
 import { command } from '../command.ts'
-import { shownUrl } from '../connection.ts'
+import { PG_VARIABLES, shownUrl } from '../connection.ts'
 import { EXIT, Failure, isBusFailure } from '../failure.ts'
 import { aborted, Interrupts } from '../interrupts.ts'
 import { keepPort, lastPort, makeFolder, removeState, runningIn, writeState } from '../up-state.ts'
@@ -53,7 +53,7 @@ const up = command({
       await output.result({ url, port, schema, dataDir, pid, version, migrations }, url)
       output.note(
         `PostgreSQL ${version} in ${dataDir}; schema "${schema}" is up to date. Ctrl-C ends it; the data stay.\n` +
-          'Commands in this directory find it. For an app: export DATABASE_URL with the line above.',
+          `Commands in this directory find it${outranking(process.env)}. For an app: export DATABASE_URL with the line above.`,
       )
       return await untilEnd(server, interrupts)
     } finally {
@@ -63,6 +63,12 @@ const up = command({
     }
   },
 })
+
+/** What the commands of this shell would rather take. */
+function outranking(env: NodeJS.ProcessEnv): string {
+  const set = ['DATABASE_URL', ...PG_VARIABLES].filter((name) => env[name])
+  return set.length === 0 ? '' : `, where ${set.join(', ')} ${set.length === 1 ? 'is' : 'are'} not set as here`
+}
 
 /** Ends with Ctrl-C, or with the server. */
 async function untilEnd(server: EmbeddedPostgres, interrupts: Interrupts): Promise<number> {

@@ -15,7 +15,7 @@ const work = command({
     'The payload is on standard input of the command, headers are in KLIEO_HEADER_*, and KLIEO_QUEUE, KLIEO_JOB_ID, KLIEO_ATTEMPT, KLIEO_MAX_ATTEMPTS and KLIEO_FENCE say which job it is. Exit code 0: the job is done. Another one: it comes again after a while, until its attempts are used up; the end of what the command wrote on standard error is kept as its error. Killed halfway, or out of reach for longer than --lease, the job goes to another worker. Ctrl-C lets running commands end; the second one kills them, and their jobs go back.',
   arguments: { queue: { description: 'the name of the queue' } },
   options: {
-    exec: { type: 'text', value: 'COMMAND', description: 'what to run, by the shell', required: true },
+    exec: { type: 'command', value: 'COMMAND', description: 'what to run, by the shell', required: true },
     concurrency: { type: 'integer', short: 'c', value: 'N', description: 'commands at once', default: '1', least: 1, most: 1_000 },
     lease: { type: 'duration', value: 'TIME', description: 'how long a job outlives a worker that dies', default: '30s' },
     grace: {
