@@ -33,10 +33,20 @@ const LOST = new Set(['CONNECTION_CLOSED', 'CONNECTION_ENDED', 'CONNECTION_DESTR
 /** postgres.js has names of its own for the constraint that was violated, and for a lost connection. */
 export function fromPostgresJs(error: unknown): unknown {
   if (typeof error !== 'object' || error === null) return error
-  const { code, message, constraint_name: constraint } = error as Record<string, unknown>
-  if (LOST.has(String(code))) return Object.assign(new Error(String(message), { cause: error }), { code: 'ECONNRESET' })
-  if (constraint !== undefined && !('constraint' in error)) Object.defineProperty(error, 'constraint', { value: constraint })
-  return error
+  const kept = withoutStatement(error)
+  const { code, message, constraint_name: constraint } = kept as Record<string, unknown>
+  if (LOST.has(String(code))) return Object.assign(new Error(String(message), { cause: kept }), { code: 'ECONNRESET' })
+  if (constraint !== undefined && !('constraint' in kept)) Object.defineProperty(kept, 'constraint', { value: constraint })
+  return kept
+}
+
+const OF_THE_STATEMENT = new Set(['query', 'parameters', 'args', 'types', 'internal_query'])
+
+/** postgres.js adds the statement and its parameters to an error, for all to see where it is set to `debug`, and lets nobody take them away. */
+function withoutStatement(error: object): object {
+  if (!(error instanceof Error && 'parameters' in error)) return error
+  const kept = Object.entries(error).filter(([name]) => !OF_THE_STATEMENT.has(name))
+  return Object.assign(new Error(error.message), Object.fromEntries(kept), { stack: error.stack })
 }
 
 /** The rows of a result of whatever shape: pg's, or the array that postgres.js and some hooks answer. */

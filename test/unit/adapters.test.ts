@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import { expect, test } from 'vitest'
 import { fromPostgresJs } from '../../src/adapters/adapted.ts'
 import { drizzleTx } from '../../src/adapters/drizzle.ts'
@@ -42,4 +43,27 @@ test('what is sent in a caller’s transaction holds nothing that a client takes
 test('section 7 a connection that postgres.js has lost is connection', () => {
   const error = Object.assign(new Error('write CONNECTION_CLOSED db:5432'), { code: 'CONNECTION_CLOSED' })
   expect(toBusError(fromPostgresJs(error), 'enqueue')).toMatchObject({ code: 'connection', retryable: false, cause: { cause: error } })
+})
+
+test('section 7 what postgres.js keeps of a statement with its error goes no further, and the rest does', () => {
+  const detail = { code: '23514', constraint_name: 'jobs_payload_size', where: 'PL/pgSQL function', internal_query: 'secret' }
+  const error = Object.defineProperties(Object.assign(new Error('refused'), detail), {
+    query: { value: 'select secret', enumerable: true },
+    parameters: { value: ['secret'], enumerable: true },
+    args: { value: ['secret'], enumerable: true },
+  })
+  const kept = fromPostgresJs(error) as Error
+  expect(kept).toMatchObject({
+    message: 'refused',
+    stack: error.stack,
+    code: '23514',
+    constraint: 'jobs_payload_size',
+    where: detail.where,
+  })
+  expect(inspect(kept, { showHidden: true })).not.toContain('secret')
+  const lost = Object.defineProperty(Object.assign(new Error('write CONNECTION_CLOSED'), { code: 'CONNECTION_CLOSED' }), 'parameters', {
+    value: ['secret'],
+    enumerable: true,
+  })
+  expect(inspect(toBusError(fromPostgresJs(lost), 'enqueue'), { showHidden: true })).not.toContain('secret')
 })

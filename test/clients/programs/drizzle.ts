@@ -17,7 +17,7 @@ export async function connectOnPg(connectionString: string): Promise<Client> {
 }
 
 export async function connectOnPostgresJs(connectionString: string): Promise<Client> {
-  const sql = postgres(connectionString, { max: 1, onnotice: () => {} })
+  const sql = postgres(connectionString, { max: 1, debug: () => {}, onnotice: () => {} })
   return client(drizzleOnPostgresJs(sql), true)
 }
 

@@ -21,9 +21,9 @@ export async function connect(connectionString: string, options: Options = {}): 
   }
 }
 
-/** Columns in PascalCase, undefined for null, and one connection. */
+/** Columns in PascalCase, undefined for null, errors with their statements, and one connection. */
 export function connectTransforming(connectionString: string): Promise<Client> {
-  return connect(connectionString, { max: 1, transform: { ...postgres.pascal, undefined: null } })
+  return connect(connectionString, { max: 1, debug: () => {}, transform: { ...postgres.pascal, undefined: null } })
 }
 
 /** A connection set aside, which begins and ends by hand. */
