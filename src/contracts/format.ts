@@ -11,7 +11,10 @@ import type { StandardSchemaV1 } from '@standard-schema/spec'
 import { BusError, decode, encode, invalid, isBusError, optionsOf, type Payload, toBytes } from '../core/index.ts'
 import { type Explain, reasonOf } from './reason.ts'
 
-/** What turns values into payloads and back. What it throws refuses the value: at the sender the call, at the receiver the payload. */
+/**
+ * What turns values into payloads and back. What it throws refuses the value: at the sender, who decodes again what he is about to send, the call; at
+ * the receiver the payload.
+ */
 export interface Codec<In = unknown, Out = In> {
   readonly encode: (value: In) => Payload
   /** @param payload may be kept */
@@ -93,7 +96,8 @@ export class Form<In, Out> {
    */
   write(data: In, name = 'data'): Maybe<Uint8Array> {
     const payload = this.#encode(data, name)
-    if (!this.#schema) return payload
+    // What these two encode they decode.
+    if (!this.#schema && (this.#codec === JSON_CODEC || this.#codec === BYTES)) return payload
     const reading = this.read(payload)
     const judged = (verdict: Reading<Out>) => {
       if (!verdict.matches) throw new BusError('invalid_argument', `${name} does not match: ${verdict.reason}; nothing was sent`)

@@ -177,6 +177,25 @@ onEachBackend((backend) => {
     await stream.close()
   })
 
+  test('T1 what a codec encodes and does not decode is refused at the sender, and nothing is sent', async () => {
+    const even: Codec<number> = {
+      encode: String,
+      decode: (payload) => {
+        if (Number(text(payload)) % 2 !== 0) throw new RangeError(`${text(payload)} is secret`)
+        return Number(text(payload))
+      },
+    }
+    const counted = defineSubject(`${fresh()}.counted`, even)
+    const refusal = { code: 'invalid_argument', message: 'data does not match: the codec refused it; nothing was sent' }
+    await expect(counted.publish(bus, 7)).rejects.toMatchObject(refusal)
+    await expect(counted.publishMany(bus, [{ data: 2 }, { data: 3 }])).rejects.toMatchObject({
+      ...refusal,
+      message: `messages[1]: ${refusal.message}`,
+    })
+    await counted.publish(bus, 4)
+    expect((await stored(bus, counted.subject)).map(({ payload }) => text(payload))).toEqual(['4'])
+  })
+
   test('T1 a filter is subscribed to, and a subject of it is published to', async () => {
     const root = fresh()
     const orders = defineSubject(`${root}.*`, json<number>()).at(`${root}.paid`)
