@@ -18,7 +18,7 @@ import {
 import { retryDelayMs } from '../runtime/backoff.ts'
 import { errorText } from '../runtime/error-text.ts'
 import { INVALID_PAYLOAD, isDeadLetter, publishLetter } from './dead-letter.ts'
-import type { Form } from './format.ts'
+import type { Form, Reading } from './format.ts'
 
 export interface TypedMsg<Data, Tx = never> extends Msg<Tx> {
   /** What the schema made of the payload. */
@@ -53,7 +53,8 @@ const DONE: IteratorReturnResult<undefined> = Object.freeze({ done: true, value:
 
 export class ReadingStream<Data, Tx> implements TypedMsgStream<Data, Tx> {
   readonly #options: TypedStreamOptions<Data, Tx>
-  readonly #reading = new Set<Msg<Tx>>()
+  /** Each with how to end its reading. */
+  readonly #reading = new Map<Msg<Tx>, (closed: undefined) => void>()
   readonly #burying = new Set<Promise<void>>()
   readonly #onAbort = () => void this.close()
   #closing: Promise<void> | undefined
@@ -84,7 +85,10 @@ export class ReadingStream<Data, Tx> implements TypedMsgStream<Data, Tx> {
     const read = [...this.#reading]
     this.#reading.clear()
     // What cannot be handed back comes again when its ack wait is over.
-    const handedBack = read.map((msg) => msg.nak().catch(() => {}))
+    const handedBack = read.map(([msg, end]) => {
+      end(undefined)
+      return msg.nak().catch(() => {})
+    })
     await this.#options.stream.close()
     await Promise.all([...handedBack, ...this.#burying])
   }
@@ -93,15 +97,22 @@ export class ReadingStream<Data, Tx> implements TypedMsgStream<Data, Tx> {
     for (;;) {
       const { done, value: msg } = await messages.next()
       if (done) return DONE
-      this.#reading.add(msg)
-      const reading = await this.#options.form.read(msg.payload)
-      if (!this.#reading.delete(msg)) return DONE
+      const reading = await this.#read(msg)
+      if (!this.#reading.delete(msg) || !reading) return DONE
       if (reading.matches) return { done: false, value: new ReadMsg(msg, reading.data) }
       const buried = this.#bury(msg, reading.reason)
       this.#burying.add(buried)
       await buried
       this.#burying.delete(buried)
     }
+  }
+
+  /** `undefined` when it closes meanwhile: a schema may not answer for long, or ever. */
+  #read(msg: Msg<Tx>): Promise<Reading<Data> | undefined> {
+    return new Promise((resolve) => {
+      this.#reading.set(msg, resolve)
+      void Promise.resolve(this.#options.form.read(msg.payload)).then(resolve)
+    })
   }
 
   /** Never rejects: one bad message must not end the stream. */

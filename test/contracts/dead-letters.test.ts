@@ -384,6 +384,21 @@ onEachBackend((backend) => {
     }
   })
 
+  test('T3 P10 closing ends an iteration whose schema does not answer', async () => {
+    const entered = deferred()
+    const silent = z.number().refine(() => {
+      entered.resolve()
+      return new Promise<boolean>(() => {})
+    })
+    const subject = `${fresh()}.a`
+    await bus.pubsub.publish(subject, '7')
+    const stream = await defineSubject(subject, silent).subscribe(bus, fresh())
+    const waiting = take(stream, 1)
+    await entered.promise
+    await stream.close()
+    expect(await waiting).toEqual([])
+  })
+
   test('T3 P7 what was yielded is settled like any message', async () => {
     const created = defineSubject(`${fresh()}.created`, order)
     const durable = fresh()
