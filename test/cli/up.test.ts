@@ -47,6 +47,16 @@ test('up keeps a server in .klieo that commands below find; a second one says so
   expect(await fourth.exited).toEqual({ code: 0, signal: null })
 }, 300_000)
 
+test('up ends with a sentence when its server ends by itself', async () => {
+  await using place = await directory()
+  await using up = start(['up', '--json'], { cwd: place.path, env: {} })
+  const { pid } = await up.next<{ pid: number }>((line) => typeof line.pid === 'number', 90_000)
+  process.kill(pid, 'SIGKILL')
+  expect(await up.exited).toEqual({ code: 1, signal: null })
+  expect(up.stderr.trim().split('\n').at(-1)).toMatch(/^klieo-bus: the server in .* has ended; start it anew$/)
+  expect(existsSync(join(place.path, '.klieo', 'up.json'))).toBe(false)
+}, 120_000)
+
 test('nowhere to make .klieo is one sentence', async () => {
   await using place = await directory()
   await writeFile(join(place.path, '.klieo'), 'a file')
