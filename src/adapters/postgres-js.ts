@@ -38,7 +38,8 @@ const WHICH = `select case when now() <> statement_timestamp() then pg_backend_p
 
 /**
  * postgres.js 3.4 connects anew under a transaction whose connection was lost, and sends what is left of it there: by itself, or in the
- * middle of somebody else's transaction. A message would be there without its row. So each call asks first where it is.
+ * middle of somebody else's transaction. A message would be there without its row. So each call asks first where it is. A first one cannot tell
+ * somebody else's.
  * @param tx a reserved connection may have one transaction after the other
  * @throws invalid_argument
  */
