@@ -2278,7 +2278,9 @@ declare
 begin
   with given as (
     update klieo.jobs j
-    set token = null, run_at = due.at, visible_at = due.at, last_error = coalesce(n.error, j.last_error)
+    -- One that ends here became due when it did: nobody waits for it any more.
+    set token = null, run_at = case when j.attempts >= j.max_attempts then j.run_at else due.at end, visible_at = due.at,
+      last_error = coalesce(n.error, j.last_error)
     from unnest(nak_jobs.ids, nak_jobs.delays_ms, nak_jobs.errors) as n(id, delay_ms, error),
       lateral (select clock_timestamp() + make_interval(secs => n.delay_ms / 1000.0)) as due(at)
     where j.id = n.id and j.id = any(v_mine)
@@ -2994,7 +2996,7 @@ begin
     -- Where the last lease is over already, it died of that, as if it had been reaped a moment before.
     update klieo.jobs j
     set token = case when j.attempts >= j.max_attempts and j.visible_at <= clock_timestamp() then j.token end,
-      run_at = clock_timestamp(), visible_at = clock_timestamp()
+      run_at = case when j.attempts >= j.max_attempts then j.run_at else clock_timestamp() end, visible_at = clock_timestamp()
     where j.id = any(v_counted)
     returning j.id, j.attempts >= j.max_attempts as ended
   )
@@ -3179,6 +3181,11 @@ begin
     return;
   end if;
   queue := j.queue;
+  if j.died_at is null and j.attempts >= j.max_attempts and j.visible_at <= clock_timestamp() then
+    -- Its last lease ran out, and nobody has met it since.
+    perform klieo.bury_jobs(array[j.id], null);
+    j.died_at := clock_timestamp();
+  end if;
   if j.died_at is not null then
     -- As retry_dead() does, which may look through all the dead of the queue for it.
     update klieo.jobs x

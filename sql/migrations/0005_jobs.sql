@@ -630,7 +630,9 @@ declare
 begin
   with given as (
     update klieo.jobs j
-    set token = null, run_at = due.at, visible_at = due.at, last_error = coalesce(n.error, j.last_error)
+    -- One that ends here became due when it did: nobody waits for it any more.
+    set token = null, run_at = case when j.attempts >= j.max_attempts then j.run_at else due.at end, visible_at = due.at,
+      last_error = coalesce(n.error, j.last_error)
     from unnest(nak_jobs.ids, nak_jobs.delays_ms, nak_jobs.errors) as n(id, delay_ms, error),
       lateral (select clock_timestamp() + make_interval(secs => n.delay_ms / 1000.0)) as due(at)
     where j.id = n.id and j.id = any(v_mine)
@@ -666,7 +668,7 @@ begin
     -- Where the last lease is over already, it died of that, as if it had been reaped a moment before.
     update klieo.jobs j
     set token = case when j.attempts >= j.max_attempts and j.visible_at <= clock_timestamp() then j.token end,
-      run_at = clock_timestamp(), visible_at = clock_timestamp()
+      run_at = case when j.attempts >= j.max_attempts then j.run_at else clock_timestamp() end, visible_at = clock_timestamp()
     where j.id = any(v_counted)
     returning j.id, j.attempts >= j.max_attempts as ended
   )

@@ -33,6 +33,11 @@ begin
     return;
   end if;
   queue := j.queue;
+  if j.died_at is null and j.attempts >= j.max_attempts and j.visible_at <= clock_timestamp() then
+    -- Its last lease ran out, and nobody has met it since.
+    perform klieo.bury_jobs(array[j.id], null);
+    j.died_at := clock_timestamp();
+  end if;
   if j.died_at is not null then
     -- As retry_dead() does, which may look through all the dead of the queue for it.
     update klieo.jobs x

@@ -39,7 +39,7 @@ export class MemoryAdmin implements Admin {
   async *jobs(options?: ListJobsOptions): AsyncIterable<JobInfo> {
     this.#context.checkOpen()
     const listing = checkListing(options)
-    if (listing.after !== undefined && !/^[0-9]{1,18}$/.test(listing.after))
+    if (listing.after !== undefined && !/^(?:0|[1-9][0-9]{0,17})$/.test(listing.after))
       throw invalid('after', listing.after, 'must be the id of a job')
     const { jobs } = await this.#store()
     yield* jobs.list(listing)

@@ -89,6 +89,7 @@ export interface DeadJob {
 
 /** Old dead jobs are looked for once in so many jobs, and whenever somebody looks at dead ones. */
 const PRUNE_EVERY = 1_024
+const LONGEST_REASON = 4_000
 
 const longestWaiting = (a: JobRow, b: JobRow) => a.visibleAt < b.visibleAt || (a.visibleAt === b.visibleAt && a.order < b.order)
 
@@ -479,7 +480,7 @@ export class JobTable {
 
   /** @param reason the caller's; without: its attempts are used up */
   #bury(row: JobRow, reason?: string): void {
-    if (reason !== undefined) row.lastError = reason
+    if (reason !== undefined) row.lastError = beginning(reason)
     else if (row.token !== 0) row.lastError = 'the lease of the last attempt ran out'
     this.#leave(row)
     this.#alarms.clear(row.alarm)
@@ -492,7 +493,7 @@ export class JobTable {
       row.payload,
       Object.freeze({
         ...row.headers,
-        dlq_reason: oneLine(reason ?? 'max_attempts_exceeded'),
+        dlq_reason: beginning(oneLine(reason ?? 'max_attempts_exceeded')),
         dlq_queue: row.queue.name,
         dlq_job_id: row.id,
         dlq_attempts: String(row.attempts),
@@ -532,6 +533,11 @@ export class JobTable {
 
 function holding({ row, token }: MemoryClaim): JobRow | undefined {
   return row.token === token ? row : undefined
+}
+
+/** Of a reason so much is kept, in characters, not in units of UTF-16. */
+function beginning(reason: string): string {
+  return reason.length <= LONGEST_REASON ? reason : [...reason].slice(0, LONGEST_REASON).join('')
 }
 
 /** Header values have no line breaks. */

@@ -251,9 +251,9 @@ export class PostgresAdmin implements Admin {
   }
 }
 
-/** Ids of this backend are numbers; to those who hold them they are opaque. */
+/** Ids of this backend are numbers; to those who hold them they are opaque, so none is written in two ways. */
 function isNumber(id: JobId): boolean {
-  return /^[0-9]{1,18}$/.test(id)
+  return /^(?:0|[1-9][0-9]{0,17})$/.test(id)
 }
 
 function toJobInfo(row: JobRow): JobInfo {

@@ -1,11 +1,12 @@
 /** What is asked of the server to tell how it is. Of the catalogs, and of the views that readers may look at. */
 
+/** Connections by database: of sessions that are not its own a role sees no kind. */
 export const SERVER = `
   select current_setting('server_version') as version, current_setting('server_version_num')::int as version_num, pg_is_in_recovery() as standby,
     current_setting('default_transaction_isolation') as isolation, current_setting('default_transaction_read_only') as readonly,
     current_setting('synchronous_commit') as synchronous_commit, current_setting('fsync') as fsync, current_setting('autovacuum') as autovacuum,
     current_user::text as role, current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int as places,
-    (select count(*) from pg_stat_activity a where a.backend_type = 'client backend') as connections`
+    (select sum(d.numbackends)::int from pg_stat_database d) as connections`
 
 /** Which kinds of roles this one can stand for; each function is one that only they may call. */
 export const KINDS = `

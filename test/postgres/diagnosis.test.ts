@@ -89,6 +89,23 @@ describe('the server', () => {
     expect(finding).toMatchObject({ level: 'warning', message: expect.stringMatching(/^\d+ of 17 connections/) })
   })
 
+  test('connections of other roles, which a role with no rights sees as well', async () => {
+    await using bus = await freshBus()
+    await client.query(`create role looker login password 'l'`)
+    await client.query(`select "${bus.schema}".grant_role('reader', 'looker')`)
+    const url = new URL(server.connectionString)
+    url.username = 'looker'
+    url.password = 'l'
+    const connections = async () => of(await PostgresBus.diagnose({ connectionString: url.href, schema: bus.schema }), 'connections')
+    expect(await connections()).toEqual([])
+    const crowd = await Promise.all(Array.from({ length: 12 }, () => session(server.connectionString)))
+    const found = await connections()
+    for (const one of crowd) await one[Symbol.asyncDispose]()
+    expect(found.map(({ level }) => level)).toEqual(['warning'])
+    await client.query(`select "${bus.schema}".revoke_role('looker')`)
+    await client.query('drop role looker')
+  })
+
   test('a standby', async () => {
     await using standby = await startEmbeddedPostgres()
     await writeFile(join(standby.dataDir, 'standby.signal'), '')

@@ -169,6 +169,49 @@ export function adminTests<Tx>(suite: Suite<Tx>): void {
       await rejects(bus.admin.retryJob(jobs.running), 'not_found')
     })
 
+    suite.test('A2 a job whose last lease ran out is dead, and retried with all its attempts', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const id = await bus.jobs.enqueue(queue, { payload: 'x', maxAttempts: 1 })
+      await bus.jobs.claim(queue, 'w', 1)
+      await eventually(async () => (await bus.admin.job(id))?.state !== 'running', 'the end of the lease')
+      await bus.admin.retryJob(id)
+      const job = await bus.jobs.claim(queue, 'w', LONG_TTL_MS)
+      assert.deepEqual([job?.id, job?.attempt], [id, 1])
+      await job?.ack()
+    })
+
+    suite.test('A1 a dead job became due when it did, whatever its last nak said', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const id = await bus.jobs.enqueue(queue, { payload: 'x', maxAttempts: 1 })
+      const due = (await bus.admin.job(id))?.runAt.getTime() ?? Number.NaN
+      await (await bus.jobs.claim(queue, 'w', LONG_TTL_MS))?.nak(LONG_TTL_MS)
+      const job = await bus.admin.job(id)
+      assert.equal(job?.state, 'dead')
+      assert.ok(Math.abs(job.runAt.getTime() - due) < LONG_TTL_MS / 2)
+    })
+
+    suite.test('A6 an id is taken as it is: with a zero before it it names no job', async (stage) => {
+      const bus = await stage.open()
+      const id = await bus.jobs.enqueue(unique('q'), { payload: 'x' })
+      assert.equal(await bus.admin.job(`0${id}`), null)
+      for (const call of [bus.admin.retryJob(`0${id}`), bus.admin.cancelJob(`0${id}`), bus.admin.removeJob(`0${id}`)]) {
+        await rejects(call, 'not_found')
+      }
+      assert.equal((await bus.admin.job(id))?.state, 'ready')
+    })
+
+    suite.test('J4 of a long reason the first 4,000 characters are kept', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const letters = await stage.subscribe(bus, `${queue}.dlq`, unique('d'))
+      const id = await bus.jobs.enqueue(queue, { payload: 'x' })
+      await bus.admin.cancelJob(id, '😀'.repeat(4_001))
+      assert.equal((await bus.admin.job(id))?.lastError, '😀'.repeat(4_000))
+      assert.equal((await letters.next()).headers.dlq_reason, '😀'.repeat(4_000))
+    })
+
     suite.test('A2 retrying wakes who waits for a job', async (stage) => {
       const [bus, other] = [await stage.open(), await stage.open()]
       const queue = unique('q')

@@ -159,8 +159,8 @@ export const jobMutants: readonly Mutant[] = [
       },
       {
         file: SQL,
-        find: 'set token = null, run_at = due.at, visible_at = due.at, last_error',
-        replace: 'set attempts = j.attempts + 1, token = null, run_at = due.at, visible_at = due.at, last_error',
+        find: 'set token = null, run_at = case',
+        replace: 'set attempts = j.attempts + 1, token = null, run_at = case',
       },
     ],
     files: [POSTGRES],
