@@ -201,7 +201,7 @@ describe('what wakes and what cleans', () => {
         // What a backend has done is told after a while, or when it ends.
         await client.query('select pg_stat_clear_snapshot()')
         const seen = of(await look(bus.schema, { thresholds }), 'bloat')
-        return seen[0]?.level === 'warning' ? seen : undefined
+        return seen[0]?.level === 'warning' ? seen : null
       },
       { timeoutMs: 20_000, what: 'dead rows in the statistics' },
     )
