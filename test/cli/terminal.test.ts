@@ -63,7 +63,7 @@ describe.skipIf(!hasScript)('on a terminal', () => {
         env: { ...env, LINE: `"${NODE}" "${MAIN}" queues purge asked` },
       })
     const no = await answer('n')
-    expect(no.code).toBe(2)
+    expect(no.code).toBe(1)
     expect(no.stdout).toContain('Remove the ready, scheduled, dead jobs of queue "asked" for good? [y/N]')
     expect(no.stdout).toContain('nothing was removed')
     expect((await answer('y')).stdout).toContain('2 jobs removed from "asked"')

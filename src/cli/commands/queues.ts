@@ -1,7 +1,7 @@
 import type { JobState, QueueInfo } from '../../index.ts'
 import { command } from '../command.ts'
 import { confirmed } from '../confirm.ts'
-import { EXIT, UsageError } from '../failure.ts'
+import { EXIT, Failure } from '../failure.ts'
 import { type Column, printRows } from '../table.ts'
 import { ago, number, plural } from '../text.ts'
 
@@ -76,7 +76,7 @@ const purge = command({
     const states = options.state as readonly (typeof PURGEABLE)[number][]
     const which = states.length === 0 ? PURGEABLE : states
     if (!(await confirmed(`Remove the ${which.join(', ')} jobs of queue "${queue}" for good?`, options.yes))) {
-      throw new UsageError('nothing was removed', { seeHelp: false })
+      throw new Failure(EXIT.failed, 'nothing was removed')
     }
     const bus = await session.connect()
     const removed = await bus.admin.purgeQueue(queue, { states: which })

@@ -29,7 +29,7 @@ const work = command({
   },
   examples: [
     { line: "klieo-bus work letters --exec 'cat'", says: 'prints payloads until Ctrl-C' },
-    { line: `klieo-bus work mail --exec 'sendmail "$KLIEO_HEADER_TO"' --concurrency 4`, says: 'four at once' },
+    { line: `klieo-bus work mail --exec 'sendmail -- "$KLIEO_HEADER_TO"' --concurrency 4`, says: 'four at once' },
     { line: "klieo-bus work letters --exec 'cat' --until-empty --json", says: 'a line per job: id, attempt, outcome, exitCode, ms' },
   ],
   async run({ args, options }, session) {
