@@ -262,9 +262,14 @@ class PostgresResponder implements Responder {
 
   /** @param graceMs how long running handlers may take; then nobody waits for them */
   end(graceMs = 0): Promise<void> {
+    const before = this.#ending
     this.#ending ??= this.#end(graceMs)
     for (const controller of this.#running.keys()) controller.abort(closedError('the responder'))
-    return this.#ending
+    if (before === undefined || graceMs === Number.POSITIVE_INFINITY) return this.#ending
+    // Closed before, it may wait for a handler that never ends; whoever closes the bus does not.
+    const grace = Promise.withResolvers<void>()
+    const cancel = this.#context.clock.setTimer(grace.resolve, graceMs)
+    return Promise.race([before, grace.promise]).finally(cancel)
   }
 
   async #end(graceMs: number): Promise<void> {

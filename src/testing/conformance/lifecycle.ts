@@ -207,6 +207,30 @@ export function lifecycleTests<Tx>(suite: Suite<Tx>): void {
       await request
     })
 
+    suite.test('close does not wait for a responder whose own close waits for its handler', async (stage) => {
+      const [bus, other] = [await stage.open(), await stage.open()]
+      const subject = unique('r')
+      const started = Promise.withResolvers<void>()
+      const release = Promise.withResolvers<void>()
+      stage.defer(() => release.resolve())
+      const responder = await bus.requestReply.respond(subject, async () => {
+        started.resolve()
+        await release.promise
+        return ''
+      })
+      const asked = other.requestReply.request(subject, '', { timeoutMs: 30_000 }).catch(() => {})
+      await started.promise
+      const closing = responder.close()
+      // It takes no more, so it waits.
+      await rejects(other.requestReply.request(subject, '', { timeoutMs: 1_000 }), 'not_found')
+      for (let turn = 0; turn < 10; turn++) await bus.kv.get('b', 'k')
+      await within(bus.close(), 3_000, 'close')
+      release.resolve()
+      await within(closing, 3_000, 'the end of the responder')
+      await other.close()
+      await asked
+    })
+
     suite.test('close loses nothing that resolved before it', async (stage) => {
       const [bus, other] = [await stage.open(), await stage.open()]
       const [subject, queue, bucket] = [unique('p'), unique('q'), unique('b')]
