@@ -122,9 +122,11 @@ export class ReadingStream<Data, Tx> implements TypedMsgStream<Data, Tx> {
     let fate = 'it is a dead letter already and gets none of its own'
     if (!isDeadLetter(msg)) {
       try {
+        // Somebody else who has it by now may have found that it matches; and it stays this stream's until its letter is there.
+        await msg.extend()
         await publishLetter(pubsub, msg as Msg<never>, durable, reason)
       } catch (error) {
-        if (isBusError(error, 'closed')) return
+        if (isBusError(error, 'closed') || isBusError(error, 'lease_lost')) return
         const code = error instanceof BusError ? error.code : 'internal'
         const text = `${which} does not match, and its dead letter cannot be published; it comes again: ${errorText(error)}`
         this.#report(new BusError(code, text, { cause: error }), msg)

@@ -384,6 +384,33 @@ onEachBackend((backend) => {
     }
   })
 
+  test('T3 P7 a message that somebody else has by now gets no letter', async () => {
+    const entered = deferred()
+    const gate = deferred()
+    const older = z.number().refine(async () => {
+      entered.resolve()
+      await gate.promise
+      return false
+    })
+    const subject = `${fresh()}.a`
+    const durable = fresh()
+    await bus.pubsub.publish(subject, '7')
+    const { told, onError } = ear()
+    const stream = await defineSubject(subject, older).subscribe(bus, durable, { ackWaitMs: 100, onError })
+    const waiting = take(stream, 1)
+    await entered.promise
+    const other = await defineSubject<number>(subject).subscribe(bus, durable, { ackWaitMs: 30_000 })
+    expect((await take(other, 1)).map(({ data, attempt }) => [data, attempt])).toEqual([[7, 2]])
+    await other.close()
+    gate.resolve()
+    await bus.pubsub.publish(subject, '8')
+    await eventually(async () => told.length > 0, { what: 'the refusal of 8' })
+    await stream.close()
+    expect(await waiting).toEqual([])
+    expect(told.map(({ message }) => message)).toEqual([expect.stringContaining('does not match')])
+    expect((await stored(bus, `${durable}.dlq`)).map(({ payload }) => text(payload))).toEqual(['8'])
+  })
+
   test('T3 P10 closing ends an iteration whose schema does not answer', async () => {
     const entered = deferred()
     const silent = z.number().refine(() => {
