@@ -263,11 +263,18 @@ begin
   get diagnostics purged = row_count;
   -- Whoever holds one may settle it. One that nobody holds would be looked for, and not found. By durable and then by seq, as the index
   -- has them; and `is true` keeps this a look into a hash table, which as a join might become one into all that is purged for each.
+  with waiting as materialized (
+    select d.consumer_id, d.seq
+    from klieo.deliveries d
+    where d.consumer_id = any (array(select o.id from klieo.consumer_offsets o))
+      and d.seq between (select min(c.seq) from unnest(v_seqs) as c(seq)) and (select max(c.seq) from unnest(v_seqs) as c(seq))
+      and d.token is null
+      and (d.seq in (select c.seq from unnest(v_seqs) as c(seq))) is true
+    for update skip locked
+  )
   delete from klieo.deliveries d
-  where d.consumer_id = any (array(select o.id from klieo.consumer_offsets o))
-    and d.seq between (select min(c.seq) from unnest(v_seqs) as c(seq)) and (select max(c.seq) from unnest(v_seqs) as c(seq))
-    and d.token is null
-    and (d.seq in (select c.seq from unnest(v_seqs) as c(seq))) is true;
+  using waiting w
+  where d.consumer_id = w.consumer_id and d.seq = w.seq;
   return next;
 end
 $$;

@@ -193,6 +193,19 @@ describe('a purge', () => {
     expect(await rows(stage.durable)).toEqual([])
   })
 
+  test('A5 a fetch in an open transaction holds nobody up, and what it was handed may still be settled', async () => {
+    await using stage = await held()
+    const { durable, message } = stage
+    await message.nak()
+    await caller.query('begin')
+    const { rows: again } = await caller.query(`select seq, token from ${schema}.fetch($1)`, [durable])
+    expect(await bus.admin.purgeMessages(durable)).toBe(1)
+    await caller.query('commit')
+    const [{ seq, token }] = again as [{ seq: string; token: string }]
+    const { rows: acked } = await observer.query(`select ${schema}.ack_message($1, $2, $3) as done`, [durable, seq, token])
+    expect(acked).toEqual([{ done: true }])
+  })
+
   test('A5 what commits later is not touched, and is delivered', async () => {
     const durable = freshDurable()
     await using stream = await bus.pubsub.subscribe(`${durable}.>`, durable)

@@ -50,11 +50,13 @@ test('P5 redeliveries are found by their time', async () => {
 
 test('A5 what waits of purged messages is found by durable and seq, not by a walk through all deliveries for each', async () => {
   await observer.query(`prepare purged(bigint[]) as
-    delete from deliveries d
+    select d.consumer_id, d.seq
+    from deliveries d
     where d.consumer_id = any (array(select o.id from consumer_offsets o))
       and d.seq between (select min(c.seq) from unnest($1) as c(seq)) and (select max(c.seq) from unnest($1) as c(seq))
       and d.token is null
-      and (d.seq in (select c.seq from unnest($1) as c(seq))) is true`)
+      and (d.seq in (select c.seq from unnest($1) as c(seq))) is true
+    for update skip locked`)
   const { rows } = await observer.query(`explain (costs off) execute purged('{}')`)
   const plan = (rows as { 'QUERY PLAN': string }[]).map((row) => row['QUERY PLAN'].trim())
   expect(plan.filter((line) => line.includes('Scan using') && line.includes('deliveries'))).toEqual([
