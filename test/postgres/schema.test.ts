@@ -27,6 +27,9 @@ async function rejection(promise: Promise<unknown>): Promise<BusError> {
   return error as BusError
 }
 
+/** Eight processes that start on two cores. */
+const PATIENCE_MS = 60_000
+
 describe('the schema', () => {
   test('sql/schema.sql is what the migrations make: run `node scripts/dump-schema.ts` after a change', async () => {
     // Server versions print a view's columns with or without its alias.
@@ -60,9 +63,11 @@ describe('the schema', () => {
         startChild(new URL('support/migrate-child.ts', import.meta.url), { args: [databaseUrl(), name] }),
       )
       try {
-        await Promise.all(children.map((child) => child.next((line) => line.ready === true)))
+        await Promise.all(children.map((child) => child.next((line) => line.ready === true, PATIENCE_MS)))
         for (const child of children) child.send('go')
-        const answers = await Promise.all(children.map((child) => child.next(({ seq, error }) => seq !== undefined || error !== undefined)))
+        const answers = await Promise.all(
+          children.map((child) => child.next(({ seq, error }) => seq !== undefined || error !== undefined, PATIENCE_MS)),
+        )
         expect(answers.map(({ error }) => error)).toEqual(Array(8).fill(undefined))
         expect(new Set(answers.map(({ seq }) => seq)).size).toBe(8)
         const { rows } = await client.query(`select name from ${name}.migrations`)
@@ -71,7 +76,7 @@ describe('the schema', () => {
         await Promise.all(children.map((child) => child.kill()))
       }
     }
-  }, 60_000)
+  }, 200_000)
 
   test('a migration goes on while other schemas of the database come and go', async () => {
     await using other = await session(databaseUrl())

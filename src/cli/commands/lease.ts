@@ -1,6 +1,6 @@
 /** `kv lease`: as flock and timeout do it, the exit code is the command's own, and above 122 ours. */
 
-import { spawn } from 'node:child_process'
+import { type ChildProcess, spawn } from 'node:child_process'
 import type { Lease } from '../../index.ts'
 import { command } from '../command.ts'
 import { EXIT, Failure, isBusFailure, sentence } from '../failure.ts'
@@ -35,26 +35,25 @@ export const lease = command({
   },
   async run({ args, options }, session) {
     const { output } = session
-    const interrupted = new AbortController()
-    const onInterrupt = () => interrupted.abort()
-    for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, onInterrupt)
+    using signals = new Signals()
+    const stopped = () => new Failure(EXIT.interrupted, 'interrupted; the command was not run')
     let held: Lease
     try {
       const bus = await session.connect()
-      held = await bus.kv.lease(args.bucket, args.key, options.ttl, { waitMs: options.wait, signal: interrupted.signal })
+      held = await bus.kv.lease(args.bucket, args.key, options.ttl, { waitMs: options.wait, signal: signals.interrupted })
     } catch (error) {
-      if (interrupted.signal.aborted) throw new Failure(EXIT.interrupted, 'interrupted; the command was not run')
+      if (signals.interrupted.aborted) throw stopped()
       if (isBusFailure(error) && error.code === 'invalid_argument') throw error
       throw new Failure(isBusFailure(error) && error.code === 'lease_held' ? HELD : FAILED, sentence(error), { cause: error })
-    } finally {
-      for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.off(signal, onInterrupt)
     }
     const stopBeating = keep(held, options.ttl)
     try {
+      if (signals.interrupted.aborted) throw stopped()
       const ended = await run(
         options.exec,
         { KLIEO_FENCE: String(held.fence), KLIEO_BUCKET: args.bucket, KLIEO_KEY: args.key },
         held.signal,
+        signals,
       )
       if (held.signal.aborted) throw new Failure(LOST, `the lease on "${args.key}" was lost while the command ran [lease_lost]`)
       if (output.json) await output.object({ bucket: args.bucket, key: args.key, fence: held.fence, exitCode: ended })
@@ -66,6 +65,32 @@ export const lease = command({
   },
 })
 
+const FORWARDED = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
+
+/** Heard from beginning to end, so that none ends this process between two listeners: they go to the command, once there is one. */
+class Signals implements Disposable {
+  readonly #interrupted = new AbortController()
+  readonly #onSignal = (signal: NodeJS.Signals) => {
+    if (this.command === undefined) this.#interrupted.abort()
+    // In the foreground of a terminal the command has it already.
+    else if (signal !== 'SIGINT' || !process.stdin.isTTY) this.command.kill(signal)
+  }
+  command: ChildProcess | undefined
+
+  constructor() {
+    for (const signal of FORWARDED) process.on(signal, this.#onSignal)
+  }
+
+  /** Aborted by one that comes before there is a command. */
+  get interrupted(): AbortSignal {
+    return this.#interrupted.signal
+  }
+
+  [Symbol.dispose](): void {
+    for (const signal of FORWARDED) process.off(signal, this.#onSignal)
+  }
+}
+
 /** A beat that fails is followed by the next; the lease's own signal tells when it is too late. */
 function keep(held: Lease, ttlMs: number): () => void {
   const timer = setInterval(() => held.heartbeat().catch(() => {}), Math.max(10, ttlMs / 3))
@@ -76,18 +101,14 @@ function keep(held: Lease, ttlMs: number): () => void {
  * In the foreground: it has the terminal, and Ctrl-C there reaches it without our help.
  * @returns its exit code
  */
-async function run(line: string, env: Record<string, string>, lost: AbortSignal): Promise<number> {
+async function run(line: string, env: Record<string, string>, lost: AbortSignal, signals: Signals): Promise<number> {
   const child = spawn(line, { shell: true, stdio: 'inherit', env: { ...process.env, ...env } })
-  const forward = (signal: NodeJS.Signals) => void child.kill(signal)
-  const onInterrupt = () => {
-    if (!process.stdin.isTTY) child.kill('SIGINT')
-  }
+  signals.command = child
   let timer: NodeJS.Timeout | undefined
   const onLost = () => {
     child.kill('SIGTERM')
     timer = setTimeout(() => child.kill('SIGKILL'), KILL_AFTER_MS)
   }
-  process.on('SIGINT', onInterrupt).on('SIGTERM', forward).on('SIGHUP', forward)
   lost.addEventListener('abort', onLost)
   if (lost.aborted) onLost()
   try {
@@ -97,7 +118,6 @@ async function run(line: string, env: Record<string, string>, lost: AbortSignal)
     return await promise
   } finally {
     clearTimeout(timer)
-    process.off('SIGINT', onInterrupt).off('SIGTERM', forward).off('SIGHUP', forward)
     lost.removeEventListener('abort', onLost)
   }
 }
