@@ -31,6 +31,15 @@ export function reasonOf(issues: readonly StandardSchemaV1.Issue[], explain: Exp
 
 const UNKNOWN = 'it does not match'
 
+/** The fields of their own that validators give an issue. */
+interface Issue extends Pick<StandardSchemaV1.Issue, 'path'> {
+  readonly expected?: unknown
+  readonly code?: unknown
+  readonly type?: unknown
+  /** arktype's, of the branches of a union or an intersection. */
+  readonly errors?: unknown
+}
+
 /** Within `longest` characters, well-formed and without control characters. */
 export function oneLine(text: string, longest: number): string {
   return text
@@ -46,11 +55,22 @@ function describe(issue: StandardSchemaV1.Issue, explain: Explain | undefined): 
   return path === '' ? phrase : `${path}: ${phrase}`
 }
 
-function expectation(issue: object): string {
-  const { expected, code, type } = issue as { readonly expected?: unknown; readonly code?: unknown; readonly type?: unknown }
-  if (typeof expected === 'string' && expected !== '') return `expected ${expected.slice(0, LONGEST_PHRASE)}`
-  const name = [code, type].find((value) => typeof value === 'string' && /^[\w.-]{1,64}$/.test(value))
+function expectation(issue: Issue): string {
+  const wanted = wantedBy(issue)
+  if (wanted !== undefined && wanted !== '') return `expected ${wanted.slice(0, LONGEST_PHRASE)}`
+  const name = [issue.code, issue.type].find((value) => typeof value === 'string' && /^[\w.-]{1,64}$/.test(value))
   return name === undefined ? UNKNOWN : String(name)
+}
+
+/** What arktype says of several branches together quotes the value: each is asked for itself. */
+function wantedBy({ code, expected, errors, path = [] }: Issue): string | undefined {
+  if ((code !== 'union' && code !== 'intersection') || !Array.isArray(errors)) return typeof expected === 'string' ? expected : undefined
+  const here = pathOf(path)
+  const wanted = (errors as Issue[]).slice(0, MOST_ISSUES).map((branch) => {
+    const there = pathOf(branch.path ?? [])
+    return `${wantedBy(branch) ?? UNKNOWN}${there === here ? '' : ` at ${there}`}`
+  })
+  return [...new Set(wanted)].join(code === 'union' ? ' or ' : ' and ')
 }
 
 /** `items[0].price` */

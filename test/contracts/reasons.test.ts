@@ -59,6 +59,8 @@ test('T10 a reason never repeats a value, whatever the validator says in its mes
     v.strictObject({ a: v.picklist(['y']), b: v.string(), c: v.string(), d: v.union([v.number(), v.date()]) }),
     type({ a: 'number', b: 'string.email', c: "'x'", d: 'string < 3' }),
     type({ a: 'number | boolean', b: 'string.uuid', c: '/^x/', d: 'string.json.parse' }),
+    type({ a: 'boolean', b: 'string.ip', c: "'x' | 'y'", d: 'string < 3 | string.ip' }),
+    type({ a: [{ x: 'number' }, '|', { y: 'boolean' }], b: 'string.ip < 3', c: 'string', d: 'string' }),
     answering({ message: `a is ${secret}`, path: ['a'] }),
   ] satisfies Format[]
   const quoted = await Promise.all(schemas.map((schema) => reason(schema, values, { explain: (issue) => issue.message })))
@@ -67,6 +69,18 @@ test('T10 a reason never repeats a value, whatever the validator says in its mes
     const told = await reason(schema, values)
     expect(told).not.toContain(secret)
     expect(told).toMatch(/^[ad]: /)
+  }
+})
+
+test('T10 of the branches of a union or an intersection the reason says what each expected', async () => {
+  for (const [schema, value, told] of [
+    [type({ a: 'boolean' }), { a: 'hunter2' }, 'a: expected false or true'],
+    [type({ a: "'x' | 'y'" }), { a: 'hunter2' }, 'a: expected "x" or "y"'],
+    [type({ a: 'string.ip' }), { a: 'hunter2' }, 'a: expected an IP address'],
+    [type({ a: 'string < 3 & /^x/' }), { a: 'hunter2' }, 'a: expected matched by ^x and at most length 2'],
+    [type([{ x: 'number' }, '|', { y: 'boolean' }]), { x: 'hunter2', y: 'hunter2' }, 'expected a number at x or false or true at y'],
+  ] as const) {
+    expect(await reason(schema, value)).toBe(told)
   }
 })
 
