@@ -71,7 +71,11 @@ const FORWARDED = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 class Signals implements Disposable {
   readonly #interrupted = new AbortController()
   readonly #onSignal = (signal: NodeJS.Signals) => {
-    if (this.command === undefined) this.#interrupted.abort()
+    if (this.command === undefined) {
+      // A server that does not answer is waited for once.
+      if (this.#interrupted.signal.aborted) process.exit(EXIT.interrupted)
+      this.#interrupted.abort()
+    }
     // In the foreground of a terminal the command has it already.
     else if (signal !== 'SIGINT' || !process.stdin.isTTY) this.command.kill(signal)
   }
