@@ -223,19 +223,20 @@ create view klieo.bucket_stats as
   GROUP BY bucket;
 
 create view klieo.consumer_stats as
- SELECT durable,
-    filter,
+ SELECT o.durable,
+    o.filter,
     ( SELECT count(*) AS count
            FROM klieo.messages m
           WHERE ((m.tx >= pg_snapshot_xmin(o.lo)) AND (NOT pg_visible_in_snapshot(m.tx, o.lo)) AND (NOT COALESCE((pg_visible_in_snapshot(m.tx, o.hi) AND (ROW(m.tx, m.seq) <= ROW(o.pos_tx, o.pos_seq))), false)) AND ((m.subject = o.filter) OR (m.subject ~ o.pattern)) AND (m.seq >= o.start_seq) AND (m.published_at >= o.start_time))) AS pending,
-    ( SELECT count(*) AS count
-           FROM klieo.deliveries d
-          WHERE ((d.consumer_id = o.id) AND (d.token IS NOT NULL) AND (d.visible_at > clock_timestamp()))) AS in_flight,
-    ( SELECT count(*) AS count
-           FROM klieo.deliveries d
-          WHERE ((d.consumer_id = o.id) AND ((d.token IS NULL) OR (d.visible_at <= clock_timestamp())))) AS redelivering,
-    last_active_at
-   FROM klieo.consumer_offsets o;
+    COALESCE(d.in_flight, (0)::bigint) AS in_flight,
+    COALESCE((d.unsettled - d.in_flight), (0)::bigint) AS redelivering,
+    o.last_active_at
+   FROM (klieo.consumer_offsets o
+     LEFT JOIN ( SELECT d_1.consumer_id,
+            count(*) AS unsettled,
+            count(*) FILTER (WHERE ((d_1.token IS NOT NULL) AND (d_1.visible_at > clock_timestamp()))) AS in_flight
+           FROM klieo.deliveries d_1
+          GROUP BY d_1.consumer_id) d ON ((d.consumer_id = o.id)));
 
 create view klieo.job_details as
  SELECT id,

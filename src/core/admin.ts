@@ -116,7 +116,7 @@ export interface Admin {
   removeJob(id: JobId): Promise<void>
   /** Removes the jobs of a queue that are not running (A2). @returns how many */
   purgeQueue(queue: string, options?: PurgeQueueOptions): Promise<number>
-  /** From when it resolves no claim gives a job of this queue; running ones go on (A3). Idempotent. */
+  /** A claim that begins after it resolved gives no job of this queue; running ones go on (A3). Idempotent. */
   pauseQueue(queue: string): Promise<void>
   /** Idempotent; claims that wait go on at once (A3). */
   resumeQueue(queue: string): Promise<void>
