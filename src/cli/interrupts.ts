@@ -38,6 +38,8 @@ export class Interrupts {
   }
 
   [Symbol.dispose](): void {
+    // After a Ctrl-C what is left to do is handing back, which a further one must not cut short.
+    if (this.#drain.signal.aborted) return
     for (const signal of SIGNALS) process.off(signal, this.#onSignal)
   }
 }

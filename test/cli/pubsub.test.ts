@@ -72,7 +72,7 @@ describe('subscribe', () => {
       stderr: '',
       stdout: expect.stringMatching(new RegExp(`^#\\d+ ${subject} \\(trace:abc\\) one\\n$`)),
     })
-    const second = await klieo(['subscribe', subject, '--durable', durable, '--idle', '300ms', '--json'], { env })
+    const second = await klieo(['subscribe', subject, '--durable', durable, '--count', '1', '--json'], { env })
     expect(second.objects).toEqual([
       { seq: expect.any(Number), subject, attempt: 1, publishedAt: expect.stringMatching(/Z$/), headers: {}, payload: 'two\nlines' },
     ])
@@ -95,7 +95,7 @@ describe('subscribe', () => {
     const subject = fresh('subject')
     await bus.pubsub.publish(subject, new Uint8Array([0xff, 0xfe]))
     await bus.pubsub.publish(subject, 'a\x1b[31mred')
-    const args = ['subscribe', subject, '--idle', '300ms']
+    const args = ['subscribe', subject, '--count', '2']
     expect((await klieo([...args, '--durable', fresh('d'), '--json'], { env })).objects[0]).toMatchObject({ payloadBase64: '//4=' })
     const { stdout } = await klieo([...args, '--durable', fresh('d')], { env })
     expect(stdout).toContain('(2 bytes that are no text)')
@@ -119,7 +119,7 @@ describe('subscribe', () => {
     const subject = fresh('subject')
     await bus.pubsub.publish(subject, 'slow')
     const args = ['subscribe', subject, '--durable', fresh('d'), '--ack-wait', '300ms', '--exec', 'sleep 1; cat; echo " $KLIEO_ATTEMPT"']
-    expect((await klieo([...args, '--idle', '700ms'], { env })).stdout).toBe('slow 1\n')
+    expect((await klieo([...args, '--idle', '3s'], { env })).stdout).toBe('slow 1\n')
   })
 
   test('the first Ctrl-C lets a running command end and acknowledges its message', async () => {
@@ -132,7 +132,7 @@ describe('subscribe', () => {
     child.interruptGroup()
     await child.next(text('one'))
     expect(await child.exited).toEqual({ code: 0, signal: null })
-    expect((await klieo(['subscribe', subject, '--durable', durable, '--idle', '300ms', '--raw'], { env })).stdout).toBe('two\n')
+    expect((await klieo(['subscribe', subject, '--durable', durable, '--count', '1', '--raw'], { env })).stdout).toBe('two\n')
   })
 
   test('ends quietly when nobody reads it any more', async () => {

@@ -78,10 +78,10 @@ describe('respond', () => {
   })
 
   test('the first Ctrl-C lets a running command answer', async () => {
-    await using child = start(['respond', 'drain', '--exec', 'sleep 0.5; echo answered'], { env })
+    await using child = start(['respond', 'drain', '--exec', 'echo begun >&2; sleep 0.5; echo answered'], { env })
     await ask('drain', '')
     const asked = bus.requestReply.request('drain', '', { timeoutMs: 5_000 })
-    await new Promise((resolve) => setTimeout(resolve, 250))
+    await eventually(() => child.stderr === 'begun\nbegun\n')
     child.interruptGroup()
     expect(Buffer.from(await asked).toString()).toBe('answered\n')
     expect(await child.exited).toEqual({ code: 0, signal: null })

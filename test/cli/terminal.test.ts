@@ -59,7 +59,7 @@ describe.skipIf(!hasScript)('on a terminal', () => {
   test('a purge asks, and does nothing without a yes', async () => {
     await klieo(['enqueue', 'asked', 'x', 'y'], { env })
     const answer = (text: string) =>
-      shell(`{ sleep 2; echo ${text}; sleep 1; } | script --quiet --return --command "$LINE" /dev/null`, {
+      shell(`{ sleep 2; echo ${text}; sleep 3; } | script --quiet --return --command "$LINE" /dev/null`, {
         env: { ...env, LINE: `"${NODE}" "${MAIN}" queues purge asked` },
       })
     const no = await answer('n')
