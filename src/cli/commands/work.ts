@@ -1,8 +1,9 @@
-import type { ClaimedJob, JobQueue } from '../../index.ts'
+import type { ClaimedJob } from '../../index.ts'
 import { command } from '../command.ts'
 import { exec, failureOf, headerVariables } from '../exec.ts'
 import { EXIT, Failure, isBusFailure, ReaderGone, sentence } from '../failure.ts'
 import { aborted, Interrupts } from '../interrupts.ts'
+import { Limited } from '../limited.ts'
 import type { Output } from '../output.ts'
 
 /** As long as a timer can wait: until everything that runs has ended by itself. */
@@ -37,9 +38,11 @@ const work = command({
     const bus = await session.connect()
     const { Worker } = await import('../../index.ts')
     using interrupts = new Interrupts()
-    const limited = new Limited(bus.jobs, options.count, options['until-empty'], () => interrupts.end())
-    const worker = new Worker(limited.jobs, args.queue, (job, signal) => handle(job, signal, { line: options.exec, output, interrupts }), {
-      concurrency: options.concurrency,
+    const { concurrency, count } = options
+    const limited = new Limited(bus.jobs, { concurrency, count, untilEmpty: options['until-empty'] }, () => interrupts.end())
+    const how = { line: options.exec, output, interrupts }
+    const worker = new Worker(limited.jobs, args.queue, (job, signal) => limited.handle(() => handle(job, signal, how)), {
+      concurrency,
       leaseTtlMs: options.lease,
       ...(options['worker-id'] === undefined ? {} : { workerId: options['worker-id'] }),
       onError: (error, job) => tell(output, error, job),
@@ -102,28 +105,6 @@ function tell(output: Output, error: unknown, job: ClaimedJob | undefined): void
   // What the command wrote has been shown as it wrote it.
   const text = error instanceof Failure ? sentence(error).split(': ', 1)[0] : sentence(error)
   output.warn(job === undefined ? `work: ${text}` : `job ${job.id}, attempt ${job.attempt} of ${job.maxAttempts}: ${text}`)
-}
-
-/** A queue that gives so many jobs, or none once it was found empty. */
-class Limited<Tx> {
-  readonly jobs: JobQueue<Tx>
-  #left: number
-
-  constructor(jobs: JobQueue<Tx>, count: number | undefined, untilEmpty: boolean, onEnd: () => void) {
-    this.#left = count ?? Number.POSITIVE_INFINITY
-    this.jobs = {
-      enqueue: (...args) => jobs.enqueue(...args),
-      enqueueMany: (...args) => jobs.enqueueMany(...args),
-      claim: (...args) => jobs.claim(...args),
-      claimMany: async (queue, workerId, leaseTtlMs, options) => {
-        const limit = Math.min(options.limit, this.#left)
-        const claimed = await jobs.claimMany(queue, workerId, leaseTtlMs, { ...options, limit, ...(untilEmpty ? { waitMs: 0 } : {}) })
-        this.#left -= claimed.length
-        if (this.#left <= 0 || (untilEmpty && claimed.length === 0)) onEnd()
-        return claimed
-      },
-    }
-  }
 }
 
 export const COMMANDS = [work]
