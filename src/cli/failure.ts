@@ -1,6 +1,7 @@
 /** How a command ends: the exit codes, and the one sentence that goes with a failure. docs/command-line.md lists the codes. */
 
 import type { BusError, BusErrorCode } from '../index.ts'
+import { printable } from './text.ts'
 
 export const EXIT = {
   done: 0,
@@ -68,9 +69,9 @@ export function isBusFailure(error: unknown): error is BusError {
   return error instanceof Error && error.name === 'BusError' && 'code' in error
 }
 
-/** One line: what the server or a command said may hold several. */
+/** One line that is safe to show: what a server or a command said may hold several, and more than text. */
 export function sentence(error: unknown): string {
   const text = error instanceof Error ? error.message : String(error)
   const code = isBusFailure(error) ? ` [${error.code}]` : ''
-  return `${text.replaceAll(/\s*[\r\n]+\s*/g, ' ').trim()}${code}`
+  return `${printable(text.replaceAll(/\s*[\r\n]+\s*/g, ' ').trim())}${code}`
 }

@@ -84,6 +84,14 @@ export class Output {
     return this.json ? this.object(value) : this.line(text)
   }
 
+  /** As {@link result}, of what is done whoever reads it: that the reader has gone is no reason to stop halfway. */
+  async report(value: object, text: string): Promise<void> {
+    if (this.#isGone) return
+    await this.result(value, text).catch((error) => {
+      if (!(error instanceof ReaderGone)) throw error
+    })
+  }
+
   /** What is good to know and no result. */
   note(text: string): void {
     process.stderr.write(`${text}\n`)

@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -73,6 +74,21 @@ describe('enqueue', () => {
     const ran = await shell(`printf '%s\\n' a b c | klieo-bus enqueue ${queue}`, { env })
     expect(ran).toMatchObject({ code: 0, stdout: `3 jobs enqueued in "${queue}"\n`, stderr: '' })
     expect(await payloads(queue)).toEqual(['a', 'b', 'c'])
+  })
+
+  test.runIf(existsSync('/dev/full'))('J1 a standard output that takes nothing does not enqueue a line twice', async () => {
+    const queue = freshQueue()
+    const ran = await shell(`printf '%s\\n' a b c | klieo-bus enqueue ${queue} --json > /dev/full`, { env })
+    expect(ran.code).toBe(1)
+    expect(ran.stderr).toMatch(/^klieo-bus: 3 of the lines were enqueued; standard output cannot be written: ENOSPC/)
+    expect(await payloads(queue)).toEqual(['a', 'b', 'c'])
+  })
+
+  test('J1 a reader of the ids that goes keeps no line from being enqueued', async () => {
+    const queue = freshQueue()
+    const ran = await shell(`seq 3000 | klieo-bus enqueue ${queue} --json | head -n 1; echo "\${PIPESTATUS[1]}"`, { env })
+    expect(ran.stdout).toMatch(/^\{.*\}\n0\n$/)
+    expect(await payloads(queue)).toHaveLength(3_000)
   })
 
   test('takes an empty line for an empty payload, and a carriage return before a newline for a part of it', async () => {
@@ -257,6 +273,17 @@ describe('work', () => {
     const line = `touch ${place.path}/$KLIEO_JOB_ID; until [ $(ls ${place.path} | wc -l) -eq 3 ]; do sleep 0.02; done; cat`
     const ran = await klieo(['work', queue, '-c', '3', '--exec', line, '--until-empty'], { env })
     expect([...ran.stdout].sort()).toEqual(['1', '2', '3'])
+  })
+
+  test('J8 --count does so many with more places than that, and complains of nothing', async () => {
+    const queue = freshQueue()
+    await bus.jobs.enqueueMany(
+      queue,
+      Array.from({ length: 10 }, () => ({ payload: '' })),
+    )
+    const ran = await klieo(['work', queue, '--exec', 'echo done', '-c', '4', '--count', '6'], { env })
+    expect(ran).toMatchObject({ code: 0, stdout: 'done\n'.repeat(6), stderr: '' })
+    expect(await payloads(queue)).toHaveLength(4)
   })
 
   test('a command that reads nothing, and one that leaves a child behind, are done when they end', async () => {

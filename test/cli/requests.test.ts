@@ -60,6 +60,15 @@ describe('request', () => {
     expect(complaint(ran)).toBe('out of tea [handler_failed]')
     await responder.close()
   })
+
+  test('what a responder says of its failure does not reach the terminal raw', async () => {
+    const responder = await bus.requestReply.respond('coloured', () => {
+      throw new Error('out\u001b[2J of\n\u009btea\u0007')
+    })
+    const ran = await klieo(['request', 'coloured', ''], { env })
+    expect(complaint(ran)).toBe('out\\u001b[2J of \\u009btea\\u0007 [handler_failed]')
+    await responder.close()
+  })
 })
 
 describe('respond', () => {

@@ -1,7 +1,7 @@
 import { fstatSync } from 'node:fs'
 import type { Job, PostgresBus } from '../../index.ts'
 import { command } from '../command.ts'
-import { EXIT, Failure, isBusFailure, ReaderGone, sentence, UsageError } from '../failure.ts'
+import { EXIT, Failure, isBusFailure, sentence, UsageError } from '../failure.ts'
 import { Interrupts } from '../interrupts.ts'
 import { type Line, linesOf } from '../lines.ts'
 import type { Output } from '../output.ts'
@@ -58,7 +58,7 @@ const enqueue = command({
     if (args.payloads.length > 0) {
       const jobs = args.payloads.map((payload) => ({ payload, ...rest, ...(dedupKey === undefined ? {} : { dedupKey }) }))
       const ids = await bus.jobs.enqueueMany(args.queue, jobs)
-      for (const id of ids) await output.result({ queue: args.queue, id }, `job ${id}`)
+      for (const id of ids) await output.report({ queue: args.queue, id }, `job ${id}`)
       return EXIT.done
     }
     let headerBytes = 0
@@ -91,20 +91,26 @@ async function enqueueLines(bus: PostgresBus, queue: string, rest: Omit<Job, 'pa
   let read = 0
   let waiting: Line[] = []
   let waitingBytes = 0
+  const tell = async (ids: readonly string[]) => {
+    try {
+      for (const id of ids) await output.report({ queue, id }, id)
+    } catch (error) {
+      throw new Failure(EXIT.failed, `${enqueuedSoFar(done)}; standard output cannot be written: ${sentence(error)}`, { cause: error })
+    }
+  }
   const send = async () => {
     if (waiting.length === 0) return
     const jobs = waiting.map(({ bytes }) => ({ payload: bytes, ...rest }))
-    try {
-      const ids = await bus.jobs.enqueueMany(queue, jobs)
-      done += ids.length
-      if (output.json) for (const id of ids) await output.object({ queue, id })
-    } catch (error) {
+    const ids = await bus.jobs.enqueueMany(queue, jobs).catch((error) => {
       if (!isBusFailure(error)) throw error
       throw failureAt(error, done, jobs.length)
-    }
+    })
+    done += ids.length
     read += waitingBytes + waiting.length
+    // Before anything else can fail: what waits is sent once.
     waiting = []
     waitingBytes = 0
+    if (output.json) await tell(ids)
     progress.show(done, size === undefined ? undefined : read / size)
   }
   try {
@@ -122,7 +128,7 @@ async function enqueueLines(bus: PostgresBus, queue: string, rest: Omit<Job, 'pa
     }
     await send()
   } catch (error) {
-    if (error instanceof Failure || error instanceof ReaderGone) throw error
+    if (error instanceof Failure) throw error
     // Standard input failed, not we: what it gave is enqueued.
     await send()
     progress.end()

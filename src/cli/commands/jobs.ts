@@ -137,7 +137,7 @@ export async function forEachJob(
   for (const id of ids) {
     try {
       await act(bus.admin, id)
-      await output.result({ id, [done]: true }, `job ${id} ${done}`)
+      await output.report({ id, [done]: true }, `job ${id} ${done}`)
     } catch (error) {
       if (ids.length === 1) throw error
       failure ??= error
