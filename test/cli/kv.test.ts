@@ -2,6 +2,7 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { PostgresBus } from '../../src/index.ts'
+import type { Exit } from '../support/child.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
@@ -126,7 +127,7 @@ describe('kv lease', () => {
     await server.query(`update "${schema}".kv_leases set expires_at = clock_timestamp() - interval '1 s' where key = $1`, [key])
     await holder.next(text('told'))
     expect(await holder.exited).toEqual({ code: 124, signal: null })
-    expect(holder.stderr).toMatch(/^klieo-bus: the lease on "key\d+" was lost while the command ran \[lease_lost\]\n$/)
+    expect(holder.stderr).toMatch(/klieo-bus: the lease on "key\d+" was lost while the command ran \[lease_lost\]\n$/)
   })
 
   test('Ctrl-C and SIGTERM go to the command, and the lease is released when it has ended', async () => {
@@ -142,6 +143,44 @@ describe('kv lease', () => {
     }
     expect((await klieo(leaseArgs(key, 'true'), { env })).code).toBe(0)
   })
+
+  test('K5 a lost lease and SIGTERM reach what a shell of the command has started', async () => {
+    const key = fresh('key')
+    for (const lost of [true, false]) {
+      // The shell ends with the signal; its child, left alone, would work on without a lease.
+      const line = `bash -c 'trap "echo told; exit 0" TERM; echo begun; while :; do sleep 0.05; done'; true`
+      await using holder = start([...leaseArgs(key, line), '--ttl', '1s'], { env })
+      await holder.next(text('begun'))
+      await using server = await session(databaseUrl())
+      if (lost) {
+        await server.query(`update "${schema}".kv_leases set expires_at = clock_timestamp() - interval '1 s' where key = $1`, [key])
+      } else holder.signal('SIGTERM')
+      await holder.next(text('told'))
+      await holder.exited
+    }
+  }, 30_000)
+
+  test('the second Ctrl-C ends it, too, where the release waits for a server that does not answer', async () => {
+    const key = fresh('key')
+    await using place = await directory()
+    await using holder = start(leaseArgs(key, `echo begun; until [ -e ${place.path}/go ]; do sleep 0.05; done; echo ended`), { env })
+    await holder.next(text('begun'))
+    await using server = await session(databaseUrl())
+    await server.query('begin')
+    await server.query(`select from "${schema}".kv_leases where key = $1 for update`, [key])
+    await writeFile(join(place.path, 'go'), '')
+    await holder.next(text('ended'))
+    let end: Exit | undefined
+    void holder.exited.then((exit) => {
+      end = exit
+    })
+    // The first ones may come while the shell is still ending.
+    await eventually(() => {
+      if (end === undefined) holder.signal('SIGINT')
+      return end !== undefined
+    })
+    expect(end?.code).toBe(130)
+  }, 20_000)
 
   test('no lease for another reason is 125, wrong usage 2', async () => {
     const unreachable = await klieo(leaseArgs('k', 'true'), { env: { DATABASE_URL: 'postgres://127.0.0.1:1/none' } })

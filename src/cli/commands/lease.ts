@@ -1,8 +1,9 @@
 /** `kv lease`: as flock and timeout do it, the exit code is the command's own, and above 122 ours. */
 
-import { type ChildProcess, spawn } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import type { Lease } from '../../index.ts'
 import { command } from '../command.ts'
+import { signalGroup } from '../exec.ts'
 import { EXIT, Failure, isBusFailure, sentence } from '../failure.ts'
 
 const HELD = 123
@@ -71,21 +72,22 @@ const FORWARDED = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 class Signals implements Disposable {
   readonly #interrupted = new AbortController()
   readonly #onSignal = (signal: NodeJS.Signals) => {
-    if (this.command === undefined) {
+    if (this.toCommand === undefined) {
       // A server that does not answer is waited for once.
       if (this.#interrupted.signal.aborted) process.exit(EXIT.interrupted)
       this.#interrupted.abort()
     }
     // In the foreground of a terminal the command has it already.
-    else if (signal !== 'SIGINT' || !process.stdin.isTTY) this.command.kill(signal)
+    else if (signal !== 'SIGINT' || !process.stdin.isTTY) this.toCommand(signal)
   }
-  command: ChildProcess | undefined
+  /** Where they go, as long as the command runs. */
+  toCommand: ((signal: NodeJS.Signals) => void) | undefined
 
   constructor() {
     for (const signal of FORWARDED) process.on(signal, this.#onSignal)
   }
 
-  /** Aborted by one that comes before there is a command. */
+  /** Aborted by one that comes while there is no command. */
   get interrupted(): AbortSignal {
     return this.#interrupted.signal
   }
@@ -102,16 +104,19 @@ function keep(held: Lease, ttlMs: number): () => void {
 }
 
 /**
- * In the foreground: it has the terminal, and Ctrl-C there reaches it without our help.
+ * On a terminal in the foreground: it has the terminal, and Ctrl-C there reaches it without our help. Elsewhere in a process group of its
+ * own: a shell ends with its signal, and what it has started would work on when the lease is somebody else's.
  * @returns its exit code
  */
 async function run(line: string, env: Record<string, string>, lost: AbortSignal, signals: Signals): Promise<number> {
-  const child = spawn(line, { shell: true, stdio: 'inherit', env: { ...process.env, ...env } })
-  signals.command = child
+  const detached = process.platform !== 'win32' && ![process.stdin, process.stdout, process.stderr].some(({ isTTY }) => isTTY)
+  const child = spawn(line, { shell: true, detached, stdio: 'inherit', env: { ...process.env, ...env } })
+  const tell = (signal: NodeJS.Signals) => void (detached ? signalGroup(child, signal) : child.kill(signal))
+  signals.toCommand = tell
   let timer: NodeJS.Timeout | undefined
   const onLost = () => {
-    child.kill('SIGTERM')
-    timer = setTimeout(() => child.kill('SIGKILL'), KILL_AFTER_MS)
+    tell('SIGTERM')
+    timer = setTimeout(() => tell('SIGKILL'), KILL_AFTER_MS)
   }
   lost.addEventListener('abort', onLost)
   if (lost.aborted) onLost()
@@ -121,6 +126,7 @@ async function run(line: string, env: Record<string, string>, lost: AbortSignal,
     child.on('exit', (code, signal) => resolve(code ?? SIGNAL_BASE + (SIGNALS[signal!] ?? 0)))
     return await promise
   } finally {
+    signals.toCommand = undefined
     clearTimeout(timer)
     lost.removeEventListener('abort', onLost)
   }
