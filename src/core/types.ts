@@ -32,12 +32,16 @@ export interface Capabilities {
   readonly shared: boolean
   /** `kv.watch` works. */
   readonly watch: boolean
-  /** `strict`: a stale holder is refused by the server; `local`: by its own clock only. */
+  /** Of messages (P7). `strict`: a stale holder is refused by the server; `local`: by its own clock only. */
   readonly fencing: 'strict' | 'local'
+  /** Likewise of jobs (J6). */
+  readonly jobFencing: 'strict' | 'local'
   /** `kv.get` sees a write that resolved before, from every process (K4). */
   readonly readYourWrites: boolean
   /** Jobs honour `priority` (J8). */
   readonly priorities: boolean
+  /** `admin.durables` tells what waits to be handed out again from what is in flight (A1). */
+  readonly redeliveryCounts: boolean
 }
 
 /** The bus: four interfaces, what an operator needs, and one life. */

@@ -46,8 +46,10 @@ const SUPPORTS: Capabilities = Object.freeze({
   shared: false,
   watch: true,
   fencing: 'strict',
+  jobFencing: 'strict',
   readYourWrites: true,
   priorities: true,
+  redeliveryCounts: true,
 })
 
 /**

@@ -81,8 +81,10 @@ const SUPPORTS: Capabilities = Object.freeze({
   shared: true,
   watch: true,
   fencing: 'strict',
+  jobFencing: 'strict',
   readYourWrites: true,
   priorities: true,
+  redeliveryCounts: true,
 })
 
 /** The bus on PostgreSQL 14 or newer. */

@@ -47,6 +47,8 @@ export interface Fetched<D> {
   readonly more: boolean
   /** When the next redelivery of this durable is due; `null`: none is waiting. */
   readonly dueInMs: number | null
+  /** Local time before which none of it was handed out, where the fetch may have waited. @default when it was sent */
+  readonly handedOutAt?: number
 }
 
 /** The seam: a backend only moves messages. Settlements answer whether the delivery was still the holder's. */
@@ -70,6 +72,8 @@ export interface StreamOptions<D extends Delivery, Tx> {
   readonly ackWaitMs: number
   readonly maxInFlight: number
   readonly pollIntervalMs: number
+  /** Fetch no more than was asked for, where a message that is handed back counts as an attempt all the same. @default false */
+  readonly onDemand?: boolean
   readonly signal: AbortSignal | undefined
   /** Checks a caller's transaction; throws `unsupported` where there are none. */
   checkTx(tx: Tx | undefined): void
@@ -232,7 +236,8 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
 
   /** Whether the buffer runs low and the consumer is quick enough to want more before he has to wait. */
   #mayFetchAhead(): boolean {
-    if (this.#pumping || !this.#backlog || this.#redelivering || this.#buffer.length > this.#batch / 2) return false
+    if (this.#options.onDemand || this.#pumping || !this.#backlog || this.#redelivering || this.#buffer.length > this.#batch / 2)
+      return false
     const { clock, ackWaitMs } = this.#options
     return clock.now() - this.#batchStartedAt < Math.min(QUICK_MS, ackWaitMs / 8)
   }
@@ -250,8 +255,9 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
   #wanted(): number {
     if (this.#closing || this.#failure) return 0
     if (this.#waiters.length === 0 && this.#buffer.length > this.#batch / 2) return 0
-    const limit = this.#redelivering ? 1 : this.#batch
-    const { clock, maxInFlight } = this.#options
+    const { clock, maxInFlight, onDemand } = this.#options
+    const most = onDemand ? this.#waiters.length : this.#batch
+    const limit = this.#redelivering ? 1 : most
     if (this.#buffer.length + this.#yielded.size + limit > maxInFlight) {
       const now = clock.now()
       for (const held of this.#yielded) if (now >= held.deadline) this.#yielded.delete(held)
@@ -280,7 +286,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
         failures = 0
         if (redeliveries === this.#redeliveries) this.#redelivering = false
         this.#backlog = fetched.deliveries.length === limit
-        this.#take(fetched.deliveries, sentAt)
+        this.#take(fetched.deliveries, fetched.handedOutAt ?? sentAt)
         if (fetched.deliveries.length > 0 || fetched.more || this.#redelivering || this.#waiters.length === 0) continue
         await ear.wait(Math.max(1, Math.min(jittered(pollIntervalMs), fetched.dueInMs ?? pollIntervalMs)))
       } catch (error) {

@@ -216,7 +216,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
     }
     for (const [name, settle] of Object.entries(settlements)) {
       suite.where(
-        'strictFencing',
+        'strictJobFencing',
         `J6 once the job was claimed again, ${name} of the older claim is refused and changes nothing`,
         async (stage) => {
           const [bus, other] = [await stage.open(), await stage.open()]
@@ -235,7 +235,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       )
     }
 
-    suite.where('strictFencing', 'J6 releasing the lease of an older claim leaves the newer one alone', async (stage) => {
+    suite.where('strictJobFencing', 'J6 releasing the lease of an older claim leaves the newer one alone', async (stage) => {
       const bus = await stage.open()
       const queue = unique('q')
       await bus.jobs.enqueue(queue, { payload: 'x' })
@@ -246,7 +246,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       await fresh.ack()
     })
 
-    suite.where('strictFencing', 'J6 once the job is dead, the older claims are refused', async (stage) => {
+    suite.where('strictJobFencing', 'J6 once the job is dead, the older claims are refused', async (stage) => {
       const bus = await stage.open()
       const queue = unique('q')
       const letters = await stage.subscribe(bus, `${queue}.dlq`, unique('d'))
@@ -258,7 +258,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       await letters.nothing()
     })
 
-    suite.where('strictFencing', 'J6 once the last lease has run out and the job is dead, its last claim is refused', async (stage) => {
+    suite.where('strictJobFencing', 'J6 once the last lease has run out and the job is dead, its last claim is refused', async (stage) => {
       const bus = await stage.open()
       const queue = unique('q')
       const letters = await stage.subscribe(bus, `${queue}.dlq`, unique('d'))
@@ -269,7 +269,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       for (const settle of Object.values(settlements)) await rejects(settle(last), 'lease_lost')
     })
 
-    suite.where('strictFencing', 'J6 expired but not claimed again: the ack succeeds, and the job never comes again', async (stage) => {
+    suite.where('strictJobFencing', 'J6 expired but not claimed again: the ack succeeds, and the job never comes again', async (stage) => {
       const bus = await stage.open()
       const queue = unique('q')
       await bus.jobs.enqueue(queue, { payload: 'x' })
@@ -279,7 +279,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       await none(bus, queue)
     })
 
-    suite.where('strictFencing', 'J6 expired but not claimed again: nak and deadLetter succeed as well', async (stage) => {
+    suite.where('strictJobFencing', 'J6 expired but not claimed again: nak and deadLetter succeed as well', async (stage) => {
       const bus = await stage.open()
       const queue = unique('q')
       const letters = await stage.subscribe(bus, `${queue}.dlq`, unique('d'))
@@ -293,7 +293,7 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       assert.deepEqual(text((await claimed(bus, queue)).payload), text(naked!.payload))
     })
 
-    suite.where('strictFencing', 'J6 of an ack and a new claim that race one wins', async (stage) => {
+    suite.where('strictJobFencing', 'J6 of an ack and a new claim that race one wins', async (stage) => {
       const [bus, other] = [await stage.open(), await stage.open()]
       const queue = unique('q')
       await bus.jobs.enqueueMany(

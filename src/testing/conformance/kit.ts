@@ -135,10 +135,16 @@ export class Suite<Tx> {
   }
 
   /** A test of what not every backend can do: skipped visibly where it cannot. */
-  where(capability: Flag | 'strictFencing', name: string, body: Body<Tx>): void {
-    const can = capability === 'strictFencing' ? this.supports.fencing === 'strict' : this.supports[capability]
+  where(capability: Flag | 'strictFencing' | 'strictJobFencing', name: string, body: Body<Tx>): void {
+    const can = this.#can(capability)
     if (can) this.test(name, body)
     else this.#runner.test.skip(`${name} (${this.supports.backend} lacks: ${capability})`, this.#run(body))
+  }
+
+  #can(capability: Flag | 'strictFencing' | 'strictJobFencing'): boolean {
+    if (capability === 'strictFencing') return this.supports.fencing === 'strict'
+    if (capability === 'strictJobFencing') return this.supports.jobFencing === 'strict'
+    return this.supports[capability]
   }
 
   /** A test of what a backend answers that cannot: present only there. */

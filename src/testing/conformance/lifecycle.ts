@@ -93,8 +93,9 @@ export function lifecycleTests<Tx>(suite: Suite<Tx>): void {
       const bus = await stage.open()
       const subject = unique('p')
       const waiting = await stage.subscribe(bus, subject, unique('d'))
+      const stream = await bus.pubsub.subscribe(subject, unique('d'))
       const loop = (async () => {
-        for await (const message of await bus.pubsub.subscribe(subject, unique('d'))) await message.ack()
+        for await (const message of stream) await message.ack()
         return 'ended'
       })()
       await bus.pubsub.publish(subject, 'x')
