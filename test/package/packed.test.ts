@@ -67,7 +67,8 @@ test('the package works by its own name, compiled strictly against its declarati
 
 test('every path that it exports can be imported, an adapter without its client', async () => {
   const { exports } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { exports: Record<string, unknown> }
-  const paths = Object.keys(exports).filter((path) => path !== './package.json')
+  // The NATS backend is made of its clients, which the user installs: see below.
+  const paths = Object.keys(exports).filter((path) => path !== './package.json' && path !== './nats')
   expect(paths).toEqual(expect.arrayContaining(['.', './memory', './testing', './adapters/drizzle', './adapters/prisma']))
   const adapters = (await readdir(join(root, 'dist', 'adapters'))).filter((name) => name.endsWith('.js') && name !== 'adapted.js')
   expect(paths.filter((path) => path.startsWith('./adapters/'))).toEqual(adapters.map((name) => `./adapters/${name.slice(0, -3)}`).sort())
@@ -75,6 +76,15 @@ test('every path that it exports can be imported, an adapter without its client'
   const { stdout } = await run(process.execPath, ['--input-type=module', '--eval', script], { cwd: project })
   expect(stdout.trim().split('\n')).toEqual(paths.map((path) => `${path} true`))
 })
+
+test('the NATS backend says which clients it lacks, and is there when they are installed', async () => {
+  const script = "console.log(typeof (await import('klieo-bus/nats')).NatsBus.connect)"
+  const load = () => run(process.execPath, ['--input-type=module', '--eval', script], { cwd: project })
+  expect(await load().catch((error: { stderr: string }) => error.stderr)).toContain("Cannot find package '@nats-io/")
+  const clients = ['transport-node', 'jetstream', 'kv'].map((name) => `@nats-io/${name}`)
+  await run('npm', ['install', '--no-audit', '--no-fund', '--loglevel=error', ...clients], { cwd: project })
+  expect((await load()).stdout.trim()).toBe('function')
+}, 120_000)
 
 test('the command is installed and migrates', async () => {
   const command = join(project, 'node_modules', '.bin', 'klieo-bus')

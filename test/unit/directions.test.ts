@@ -51,5 +51,7 @@ test('each driver has one home', () => {
     files.filter((file) => imports(join(src, file)).some((specifier) => specifier === name || specifier.startsWith(`${name}/`)))
   expect(users('pg-listen')).toEqual(['postgres/listener.ts'])
   expect(users('pg').every((file) => file.startsWith('postgres/') || file.startsWith('testing/'))).toBe(true)
+  for (const client of ['transport-node', 'jetstream', 'kv'])
+    expect(users(`@nats-io/${client}`).every((file) => file.startsWith('nats/'))).toBe(true)
   expect(users('vitest')).toEqual([])
 })

@@ -1,0 +1,166 @@
+/**
+ * A KV bucket of NATS, as far as the bus needs it: reads by the leader, writes by compare-and-set, lists and watches. A tombstone
+ * has a sequence of its own, which callers never see: an update that expected it would succeed.
+ */
+
+import { AckPolicy, DeliverPolicy } from '@nats-io/jetstream'
+import { Kvm } from '@nats-io/kv'
+import { type MsgHdrs, headers as newHeaders } from '@nats-io/transport-node'
+import { BusError } from '../core/index.ts'
+import type { Context } from './context.ts'
+import { infoOf } from './deliveries.ts'
+import { isNotThere, isWrongSequence, mapped } from './errors.ts'
+import { pull } from './pull.ts'
+
+export interface StoredEntry {
+  /** As in the bucket. */
+  readonly key: string
+  readonly value: Uint8Array
+  readonly headers: MsgHdrs | undefined
+  readonly revision: number
+  /** By the server's clock, in ms since 1970. */
+  readonly storedAt: number
+  readonly deleted: boolean
+  /** By the server's clock; `undefined`: never. */
+  readonly expiresAt: number | undefined
+  /** Of the value, also where only headers were asked for. */
+  readonly bytes: number
+  /** Whether it has expired, as of when it was read. */
+  readonly expired: boolean
+}
+
+const OPERATION = 'KV-Operation'
+/** Servers before 2.11 know no expiry of a key: the entry carries it and is absent to whoever reads it later. */
+const TTL = 'klieo-ttl-ms'
+const EXPECTED = 'Nats-Expected-Last-Subject-Sequence'
+const BATCH = 500
+/** An ephemeral consumer whose reader died goes by itself. */
+const INACTIVE_MS = 60_000
+
+export function absent(entry: StoredEntry): boolean {
+  return entry.deleted || entry.expired
+}
+
+export class Entries {
+  readonly #context: Context
+  readonly bucket: string
+  readonly stream: string
+
+  constructor(context: Context, bucket: string) {
+    this.#context = context
+    this.bucket = bucket
+    this.stream = `KV_${bucket}`
+  }
+
+  /** @param history revisions kept per key */
+  static async make(context: Pick<Context, 'js'>, bucket: string, history: number, replicas: number): Promise<void> {
+    await mapped(() => new Kvm(context.js).create(bucket, { history, replicas }))
+  }
+
+  subject(key: string): string {
+    return `$KV.${this.bucket}.${key}`
+  }
+
+  async read(key: string): Promise<StoredEntry | null> {
+    const found = await this.#context.ask(() => this.#context.jsm.streams.getMessage(this.stream, { last_by_subj: this.subject(key) }))
+    return found && this.entry(found.subject, found.header, found.data, found.seq, found.time.getTime())
+  }
+
+  /**
+   * @param expected the revision it must be at; 0: never written; `undefined`: whatever
+   * @returns the revision, or `null` when it is at another one
+   */
+  async write(
+    key: string,
+    value: Uint8Array,
+    expected: number | undefined,
+    ttlMs?: number,
+    headers = newHeaders(),
+  ): Promise<number | null> {
+    if (ttlMs !== undefined) headers.set(TTL, String(ttlMs))
+    return this.#publish(key, value, expected, headers)
+  }
+
+  /** Leaves a tombstone. @returns whether it was at that revision */
+  async remove(key: string, expected: number | undefined): Promise<boolean> {
+    const headers = newHeaders()
+    headers.set(OPERATION, 'DEL')
+    return (await this.#publish(key, new Uint8Array(0), expected, headers)) !== null
+  }
+
+  /** Removes a revision without a trace. */
+  async erase(revision: number): Promise<void> {
+    await this.#context.ask(async () => {
+      try {
+        await this.#context.jsm.streams.deleteMessage(this.stream, revision, false)
+      } catch (error) {
+        if (!isNotThere(error)) throw error
+      }
+    })
+  }
+
+  /** The last revision of every key that matches, tombstones included, in the order of revisions. */
+  async all(filter: string, headersOnly = false): Promise<StoredEntry[]> {
+    const { jsm } = this.#context
+    const info = await this.#context.ask(() =>
+      jsm.consumers.add(this.stream, {
+        ack_policy: AckPolicy.None,
+        deliver_policy: DeliverPolicy.LastPerSubject,
+        filter_subject: this.subject(filter),
+        inactive_threshold: INACTIVE_MS * 1e6,
+        mem_storage: true,
+        num_replicas: 1,
+        headers_only: headersOnly,
+      }),
+    )
+    const found: StoredEntry[] = []
+    try {
+      for (;;) {
+        const { messages, how } = await pull(this.#context, this.stream, info.name, { batch: BATCH, waitMs: 0, signal: NEVER })
+        if (how !== 'answered') {
+          this.#context.checkOpen()
+          throw new BusError('connection', 'NATS did not answer in time; try again', { retryable: true })
+        }
+        for (const msg of messages) {
+          const { seq, time } = infoOf(msg)
+          found.push(this.entry(msg.subject, msg.headers, msg.data, seq, time))
+        }
+        if (messages.length < BATCH) return found
+      }
+    } finally {
+      jsm.consumers.delete(this.stream, info.name).catch(() => {})
+    }
+  }
+
+  entry(subject: string, headers: MsgHdrs | undefined, value: Uint8Array, revision: number, storedAt: number): StoredEntry {
+    const operation = headers?.get(OPERATION)
+    const ttl = headers?.get(TTL)
+    const size = headers?.get('Nats-Msg-Size')
+    const expiresAt = ttl ? storedAt + Number(ttl) : undefined
+    return {
+      key: subject.slice(this.subject('').length),
+      value,
+      headers,
+      revision,
+      storedAt,
+      deleted: operation === 'DEL' || operation === 'PURGE',
+      expiresAt,
+      bytes: size ? Number(size) : value.byteLength,
+      expired: expiresAt !== undefined && expiresAt <= this.#context.serverClock.now(),
+    }
+  }
+
+  async #publish(key: string, value: Uint8Array, expected: number | undefined, headers: MsgHdrs): Promise<number | null> {
+    if (expected !== undefined) headers.set(EXPECTED, String(expected))
+    return this.#context.ask(async () => {
+      try {
+        return (await this.#context.js.publish(this.subject(key), value, { headers })).seq
+      } catch (error) {
+        if (isWrongSequence(error)) return null
+        throw error
+      }
+    })
+  }
+}
+
+const NEVER = new AbortController().signal

@@ -1,0 +1,84 @@
+/** The one place where what the NATS clients throw becomes a BusError. They tell their errors apart by name. */
+
+import { JetStreamApiError } from '@nats-io/jetstream'
+import { RequestError } from '@nats-io/transport-node'
+import { BusError, type BusErrorCode } from '../core/index.ts'
+
+interface Verdict {
+  readonly code: BusErrorCode
+  readonly hint: string
+}
+
+const BY_NAME: Readonly<Record<string, Verdict>> = {
+  ClosedConnectionError: { code: 'connection', hint: 'the connection to NATS was closed' },
+  DrainingConnectionError: { code: 'connection', hint: 'the connection to NATS is being closed' },
+  ConnectionError: { code: 'connection', hint: 'the connection to NATS was lost' },
+  ProtocolError: { code: 'connection', hint: 'the connection to NATS was lost' },
+  // A request whose answer does not come: the server is away, or has no quorum. A write may have happened.
+  TimeoutError: { code: 'connection', hint: 'NATS did not answer in time' },
+  RequestError: { code: 'connection', hint: 'NATS did not answer' },
+  NoRespondersError: {
+    code: 'unavailable',
+    hint: 'JetStream does not answer; is the server started with -js, and the account allowed to use it?',
+  },
+  JetStreamNotEnabled: { code: 'unavailable', hint: 'the server has no JetStream; start it with -js' },
+  AuthorizationError: { code: 'permission_denied', hint: 'NATS refuses the user' },
+  UserAuthenticationExpiredError: { code: 'permission_denied', hint: 'the credentials of the user have expired' },
+  PermissionViolationError: { code: 'permission_denied', hint: 'the user may not use the subject' },
+}
+
+/** JetStream's own codes, as in its errors.json. */
+const WRONG_LAST_SEQUENCE = [10_071, 10_164]
+const STREAM_NOT_FOUND = 10_059
+const CONSUMER_NOT_FOUND = 10_014
+const NO_MESSAGE = 10_037
+/** Deleting what was deleted before. */
+const NO_SUCH_SEQUENCE = [10_043, 10_057]
+
+export function natsError(error: unknown): BusError {
+  if (error instanceof BusError) return error
+  const { name, message, cause } = error instanceof Error ? error : { name: '', message: String(error), cause: undefined }
+  if (error instanceof JetStreamApiError) {
+    // 503: no leader, or out of memory, disk or connections.
+    const code = error.status === 503 || error.status === 500 ? 'unavailable' : error.status === 404 ? 'not_found' : 'internal'
+    return new BusError(code, `JetStream: ${message} (${error.code})`, { cause: error })
+  }
+  if (name === 'InvalidArgumentError' && message.includes('max_payload'))
+    return new BusError('payload_too_large', `NATS takes no message as large as this with its headers: ${message}`, { cause: error })
+  // That a request failed says nothing; its cause does.
+  const inner = name === 'RequestError' && cause instanceof Error ? BY_NAME[cause.name] : undefined
+  const { code, hint } = inner ?? BY_NAME[name] ?? { code: 'internal', hint: 'an unexpected error of the NATS client' }
+  return new BusError(code, `${hint}: ${message}`, { cause: error })
+}
+
+/** Runs it; whatever it rejects with is a BusError. */
+export async function mapped<T>(run: () => Promise<T>): Promise<T> {
+  try {
+    return await run()
+  } catch (error) {
+    throw natsError(error)
+  }
+}
+
+function isApi(error: unknown, ...codes: number[]): boolean {
+  return error instanceof JetStreamApiError && codes.includes(error.code)
+}
+
+export function isWrongSequence(error: unknown): boolean {
+  return isApi(error, ...WRONG_LAST_SEQUENCE)
+}
+
+export function isNotThere(error: unknown): boolean {
+  return isApi(error, STREAM_NOT_FOUND, CONSUMER_NOT_FOUND, NO_MESSAGE, ...NO_SUCH_SEQUENCE)
+}
+
+/** Nobody listens on the subject. */
+export function isNoResponders(error: unknown): boolean {
+  if (!(error instanceof Error)) return false
+  if (error instanceof RequestError) return error.isNoResponders()
+  return error.name === 'NoRespondersError' || (error.cause instanceof Error && error.cause.name === 'NoRespondersError')
+}
+
+export function isTimeout(error: unknown): boolean {
+  return error instanceof Error && (error.name === 'TimeoutError' || (error.cause instanceof Error && error.cause.name === 'TimeoutError'))
+}

@@ -1,0 +1,3 @@
+/** `klieo-bus/nats`: the bus on NATS JetStream. */
+
+export { NatsBus, type NatsBusOptions } from './bus.ts'

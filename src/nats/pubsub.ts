@@ -1,0 +1,239 @@
+import type { Msg } from '@nats-io/transport-node'
+import {
+  type CheckedMessage,
+  type CheckedSubscription,
+  checkBatch,
+  checkDurable,
+  checkEach,
+  checkMessage,
+  checkSignal,
+  checkSubscription,
+  type Message,
+  type MsgStream,
+  noSuchDurable,
+  optionsOf,
+  type Payload,
+  type PubAck,
+  type PublishOptions,
+  type Pubsub,
+  SUBSCRIBE_OPTIONS,
+  type SubscribeOptions,
+  type TxOption,
+} from '../core/index.ts'
+import { type DeliveryBackend, DurableStream, type Fetched } from '../runtime/stream.ts'
+import { type Context, checkTx, POLL_INTERVAL_MS, PullEar } from './context.ts'
+import { type HeldDelivery, Hold, infoOf, nakVerb } from './deliveries.ts'
+import { type Durable, type Durables, isBeforeStart } from './durables.ts'
+import { pull } from './pull.ts'
+import { ownId, pack, unpack, wireId } from './wire.ts'
+
+type Stream = DurableStream<HeldDelivery, never>
+
+/** How long a pull waits on the server before it is asked anew. */
+const PULL_MS = 20_000
+const AGAIN_MS = 100
+/** Publishes of one call under way at once. */
+const WINDOW = 256
+
+export class NatsPubsub implements Pubsub {
+  readonly #context: Context
+  readonly #durables: Durables
+  readonly #streams = new Set<Stream>()
+
+  constructor(context: Context, durables: Durables) {
+    this.#context = context
+    this.#durables = durables
+  }
+
+  async publish(subject: string, payload: Payload, options: PublishOptions = {}): Promise<PubAck> {
+    this.#context.checkOpen()
+    const { headers, msgId, tx } = optionsOf(options, ['headers', 'msgId', 'tx'])
+    const message = checkMessage(
+      { subject, payload, ...(headers === undefined ? {} : { headers }), ...(msgId === undefined ? {} : { msgId }) },
+      this.#context.maxPayloadBytes,
+    )
+    checkTx(tx)
+    return this.#publish(message)
+  }
+
+  /** In order, on one connection; what fails leaves what went before it: NATS 2.9 has no publish of several. */
+  async publishMany(messages: readonly Message[], options: TxOption<never> = {}): Promise<PubAck[]> {
+    this.#context.checkOpen()
+    const { tx } = optionsOf(options, ['tx'])
+    checkBatch('messages', messages)
+    const checked = checkEach('messages', messages, (message) => checkMessage(message, this.#context.maxPayloadBytes))
+    checkTx(tx)
+    const acks: PubAck[] = []
+    for (let start = 0; start < checked.length; start += WINDOW) {
+      acks.push(...(await Promise.all(checked.slice(start, start + WINDOW).map((message) => this.#publish(message)))))
+    }
+    return acks
+  }
+
+  async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream> {
+    this.#context.checkOpen()
+    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
+    checkDurable(durable)
+    const subscription = checkSubscription(subject, given)
+    checkSignal(signal)
+    const found = await this.#durables.join(durable, subject, subscription)
+    this.#context.checkOpen()
+    const { clock, bell, isClosed } = this.#context
+    const ear = new PullEar(bell)
+    const stream: Stream = new DurableStream<HeldDelivery, never>({
+      clock,
+      backend: new Member(this.#context, this.#durables, found, subscription, ear),
+      ear,
+      ackWaitMs: subscription.ackWaitMs,
+      maxInFlight: subscription.maxInFlight,
+      pollIntervalMs: POLL_INTERVAL_MS,
+      // JetStream counts a delivery as an attempt, whether it was yielded or not (P10).
+      onDemand: true,
+      signal,
+      checkTx,
+      isClosed,
+      // A closed stream is kept while it has yielded messages that the bus must hand back.
+      onClose: (closed) => {
+        if (!closed.holds) this.#streams.delete(closed)
+      },
+    })
+    this.#streams.add(stream)
+    return stream
+  }
+
+  async deleteDurable(durable: string): Promise<void> {
+    this.#context.checkOpen()
+    checkDurable(durable)
+    await this.#durables.delete(durable)
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...this.#streams].map((stream) => stream.handBack()))
+  }
+
+  async #publish({ subject, payload, headers, msgId }: CheckedMessage): Promise<PubAck> {
+    const { js, names } = this.#context
+    const packed = pack(payload, headers)
+    const ack = await this.#context.ask(() =>
+      js.publish(names.message(subject), packed.payload, {
+        headers: packed.headers,
+        ...(msgId === undefined ? {} : { msgID: wireId(msgId) }),
+      }),
+    )
+    return { seq: ack.seq, duplicate: ack.duplicate }
+  }
+}
+
+/** One stream's side of a durable. */
+class Member implements DeliveryBackend<HeldDelivery, never> {
+  readonly #context: Context
+  readonly #durables: Durables
+  readonly #wanted: CheckedSubscription
+  readonly #ear: PullEar
+  #durable: Durable
+
+  constructor(context: Context, durables: Durables, durable: Durable, wanted: CheckedSubscription, ear: PullEar) {
+    this.#context = context
+    this.#durables = durables
+    this.#durable = durable
+    this.#wanted = wanted
+    this.#ear = ear
+  }
+
+  /** First what is there; then the server is asked to send what comes. A server is silent about a consumer that is gone only when asked anew. */
+  async fetch(): Promise<Fetched<HeldDelivery>> {
+    const { names } = this.#context
+    for (const waitMs of [0, PULL_MS]) {
+      this.#context.checkOpen()
+      const { messages, how } = await pull(this.#context, names.messages, this.#durable.consumer, {
+        batch: 1,
+        waitMs,
+        signal: this.#ear.ended,
+      })
+      const [msg] = messages
+      if (msg) return this.#take(msg)
+      if (how === 'answered') continue
+      if (this.#ear.ended.aborted) break
+      if (await this.#renew()) break
+      // Nothing was wrong with the durable: the connection was away, or the server busy.
+      return { deliveries: [], more: false, dueInMs: AGAIN_MS }
+    }
+    return { deliveries: [], more: true, dueInMs: null }
+  }
+
+  async #take(msg: Msg): Promise<Fetched<HeldDelivery>> {
+    const { clock, names } = this.#context
+    const arrivedAt = clock.now()
+    const { deliveries: attempt, seq, time } = infoOf(msg)
+    const { payload, headers } = unpack(msg.headers, msg.data)
+    const { ackWaitMs, maxDeliver } = this.#wanted
+    const hold = new Hold(this.#context, msg, this.#durable.ackWaitMs, ackWaitMs)
+    const delivery = { subject: names.subjectOf(msg.subject), payload, headers, seq, attempt, publishedAt: new Date(time), hold }
+    const nothing = { deliveries: [], more: true, dueInMs: null }
+    if (isBeforeStart(this.#durable.start, seq, time)) {
+      await hold.settle('+TERM')
+      return nothing
+    }
+    if (maxDeliver !== null && attempt > maxDeliver) {
+      await this.#bury(delivery, attempt - 1)
+      return nothing
+    }
+    return { deliveries: [delivery], more: true, dueInMs: null, handedOutAt: arrivedAt }
+  }
+
+  ack({ hold }: HeldDelivery): Promise<boolean> {
+    return hold.settle('+ACK')
+  }
+
+  async nak(delivery: HeldDelivery, delayMs: number): Promise<boolean> {
+    const { maxDeliver } = this.#wanted
+    if (maxDeliver === null || delivery.attempt < maxDeliver) return delivery.hold.settle(nakVerb(delayMs))
+    if (delivery.hold.isOver) return false
+    return this.#bury(delivery, delivery.attempt)
+  }
+
+  term({ hold }: HeldDelivery): Promise<boolean> {
+    return hold.settle('+TERM')
+  }
+
+  async extend({ hold }: HeldDelivery): Promise<'extended' | 'lost'> {
+    return (await hold.extend(this.#wanted.ackWaitMs)) ? 'extended' : 'lost'
+  }
+
+  async release(deliveries: readonly HeldDelivery[]): Promise<void> {
+    await Promise.all(deliveries.map(({ hold }) => hold.settle('-NAK')))
+  }
+
+  /**
+   * First the letter, then the end of the message. Who dies in between leaves a message that comes again after its ack wait
+   * and is buried again: the letter's id makes that one letter within the duplicate window of two minutes. The other way
+   * round a message could be gone and no letter there.
+   */
+  async #bury({ payload, headers, subject, seq, hold }: HeldDelivery, attempts: number): Promise<boolean> {
+    const { js, names } = this.#context
+    const { durable, id, consumer } = this.#durable
+    const own = Object.entries(headers).filter(([name]) => !name.startsWith('dlq_'))
+    const letter = pack(payload, {
+      ...Object.fromEntries(own),
+      dlq_reason: 'max_deliver_exceeded',
+      dlq_subject: subject,
+      dlq_seq: String(seq),
+      dlq_attempts: String(attempts),
+    })
+    await this.#context.ask(() =>
+      js.publish(names.message(`${durable}.dlq`), letter.payload, { headers: letter.headers, msgID: ownId('dlq', id, consumer, seq) }),
+    )
+    return hold.settle('+TERM')
+  }
+
+  /** The consumer does not answer: the durable was moved, or deleted, or its consumer never made. @returns whether it was moved @throws not_found */
+  async #renew(): Promise<boolean> {
+    this.#context.checkOpen()
+    const now = await this.#durables.find(this.#durable.durable)
+    if (!now || now.id !== this.#durable.id) throw noSuchDurable(this.#durable.durable)
+    await this.#durables.ensure(now)
+    const moved = now.consumer !== this.#durable.consumer
+    this.#durable = now
+    return moved
+  }
+}
