@@ -8,7 +8,7 @@ import { type Look, Player } from './player.ts'
 import { pubsubActions } from './pubsub-actions.ts'
 import { requestActions } from './request-actions.ts'
 import type { Step } from './steps.ts'
-import { type AnyBus, GRAIN_MS, MemoryWorld, type PostgresStage, TooSlow, TRACE_MS } from './worlds.ts'
+import { type AnyBus, GRAIN_MS, MemoryWorld, type Stage, TooSlow, TRACE_MS } from './worlds.ts'
 
 /** A watch whose process stands still for nine minutes is cut off: time that jumps so far would look like that. */
 const LONG_MS = 8 * 60_000
@@ -42,7 +42,7 @@ export const actions = {
 export interface RunOptions {
   /** What stands between the trace and the buses in memory: tests put faults there. */
   readonly wrap?: (bus: AnyBus) => AnyBus
-  /** So long what came in memory is waited for on Postgres. @default PATIENCE_MS, and what did not come is given a second chance */
+  /** So long what came in memory is waited for in the other. @default PATIENCE_MS, and what did not come is given a second chance */
   readonly patienceMs?: number
 }
 
@@ -57,7 +57,7 @@ export class Difference extends Error {
 }
 
 /** @throws {@link Difference} */
-export async function run(stage: PostgresStage, trace: readonly Step[], options: RunOptions = {}): Promise<'done' | 'too slow'> {
+export async function run(stage: Stage, trace: readonly Step[], options: RunOptions = {}): Promise<'done' | 'too slow'> {
   try {
     return await play(stage, trace, options)
   } catch (error) {
@@ -68,10 +68,10 @@ export async function run(stage: PostgresStage, trace: readonly Step[], options:
   }
 }
 
-async function play(stage: PostgresStage, trace: readonly Step[], { wrap, patienceMs }: RunOptions): Promise<'done' | 'too slow'> {
+async function play(stage: Stage, trace: readonly Step[], { wrap, patienceMs }: RunOptions): Promise<'done' | 'too slow'> {
   const memory = new Player(new MemoryWorld(), actions, wrap)
   const world = await stage.world(patienceMs)
-  const postgres = new Player(world, actions)
+  const other = new Player(world, actions)
   const comparison = new Comparison()
   const history: string[] = []
   const startedAt = performance.now()
@@ -80,19 +80,19 @@ async function play(stage: PostgresStage, trace: readonly Step[], { wrap, patien
       if (performance.now() - startedAt > TRACE_MS) return 'too slow'
       const there = await memory.play(step, n)
       history.push(`${n} ${JSON.stringify(step)}\n    memory:   ${shown(there)}`)
-      const here = await postgres.play(step, n, there)
-      history.push(`    postgres: ${shown(here)}`)
+      const here = await other.play(step, n, there)
+      history.push(`    ${world.name}: ${shown(here)}`)
       const difference = comparison.difference(there as unknown as Seen, here as unknown as Seen)
       if (difference === undefined) continue
       if (performance.now() - startedAt > WHOLE_MS) return 'too slow'
-      throw new Difference(`memory and Postgres differ at step ${n}${difference}\n${history.join('\n')}`, world.gaveUp)
+      throw new Difference(`memory and ${world.name} differ at step ${n}${difference}\n${history.join('\n')}`, world.gaveUp)
     }
     return 'done'
   } catch (error) {
     if (error instanceof TooSlow) return 'too slow'
     throw error
   } finally {
-    await Promise.all([memory.end(), postgres.end()])
+    await Promise.all([memory.end(), other.end()])
   }
 }
 

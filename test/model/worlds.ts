@@ -35,6 +35,12 @@ export interface World {
   until(condition: () => boolean, expected: boolean): Promise<boolean>
 }
 
+/** Where a world is made for each trace. */
+export interface Stage {
+  /** @param patienceMs so long what must come is waited for */
+  world(patienceMs?: number): Promise<World & { readonly gaveUp: boolean }>
+}
+
 /** The machine was too slow for what the bus does within a time: the trace proves nothing. */
 export class TooSlow extends Error {}
 
