@@ -4,7 +4,7 @@ import { fstatSync } from 'node:fs'
 import type { OptionSpecs } from './command.ts'
 import { EXIT, Failure, UsageError } from './failure.ts'
 import type { Output } from './output.ts'
-import { number } from './text.ts'
+import { number, shownLines } from './text.ts'
 
 export const DEFAULT_MAX_PAYLOAD = 1_048_576
 export const LARGEST_PAYLOAD = 8_388_608
@@ -56,8 +56,9 @@ export async function payloadOf(argument: string | undefined, maxBytes: number):
   return Buffer.concat(chunks)
 }
 
-/** Byte for byte; a terminal's prompt is to begin on a line of its own. */
+/** Byte for byte. A terminal is shown what they are: what others wrote must not move its cursor; and its prompt begins on a line of its own. */
 export async function writeBytes(output: Output, bytes: Uint8Array): Promise<void> {
-  await output.write(bytes)
-  if (output.isTerminal && bytes.at(-1) !== 0x0a) await output.write('\n')
+  if (!output.isTerminal) return output.write(bytes)
+  const lines = shownLines(bytes)
+  await output.write(lines.endsWith('\n') ? lines : `${lines}\n`)
 }

@@ -23,6 +23,14 @@ export function shownPayload(bytes: Uint8Array): string {
   return text === undefined ? `(${plural(bytes.byteLength, 'byte')} that are no text)` : printable(text)
 }
 
+/** A payload on a person's screen, with its own lines and tabs. */
+export function shownLines(bytes: Uint8Array): string {
+  const text = textOf(bytes)
+  if (text === undefined) return shownPayload(bytes)
+  const parts = text.split(/(\r?\n|\t)/)
+  return parts.map((part, at) => (at % 2 === 1 ? part : printable(part))).join('')
+}
+
 /** What others wrote must not move a cursor, change a title or colour what follows. */
 export function printable(text: string): string {
   return text.replaceAll(/[\p{Cc}\u2028\u2029\u202a-\u202e\u2066-\u2069]/gu, (character) => {

@@ -69,6 +69,15 @@ describe.skipIf(!hasScript)('on a terminal', () => {
     expect((await answer('y')).stdout).toContain('2 jobs removed from "asked"')
   })
 
+  test('a value is shown on a terminal, and is as it was written elsewhere', async () => {
+    const value = `a${ESC}[2J\tb\n\x9b31mc`
+    await klieo(['kv', 'put', 'shown', 'text'], { env, input: value })
+    await klieo(['kv', 'put', 'shown', 'bytes'], { env, input: new Uint8Array([0xff, 0x1b]) })
+    expect((await onTerminal('kv get shown text')).stdout).toBe('a\\u001b[2J\tb\r\n\\u009b31mc\r\n')
+    expect((await onTerminal('kv get shown bytes')).stdout).toBe('(2 bytes that are no text)\r\n')
+    expect((await klieo(['kv', 'get', 'shown', 'text'], { env })).stdout).toBe(value)
+  })
+
   test('a payload that is missing is asked for, not waited for in silence', async () => {
     const { code, stdout } = await onTerminal('publish a.b')
     expect(code).toBe(2)

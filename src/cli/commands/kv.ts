@@ -20,7 +20,7 @@ const get = command({
   arguments: { bucket: BUCKET, key: KEY },
   options: { revision: { type: 'flag', description: 'print its revision instead' } },
   examples: [
-    { line: 'klieo-bus kv get settings theme', says: 'the value, byte for byte' },
+    { line: 'klieo-bus kv get settings theme', says: 'the value, byte for byte; on a terminal control characters are shown' },
     { line: 'klieo-bus kv get settings theme --json', says: 'with revision and updatedAt' },
   ],
   exitCodes: { 3: 'the key is absent' },
