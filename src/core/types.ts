@@ -34,8 +34,8 @@ export interface Capabilities {
   readonly watch: boolean
   /** Of messages (P7). `strict`: a stale holder is refused by the server; `local`: by its own clock only. */
   readonly fencing: 'strict' | 'local'
-  /** Likewise of jobs (J6). */
-  readonly jobFencing: 'strict' | 'local'
+  /** Likewise of jobs (J6). @default as `fencing` */
+  readonly jobFencing?: 'strict' | 'local'
   /** `kv.get` sees a write that resolved before, from every process (K4). */
   readonly readYourWrites: boolean
   /** Jobs honour `priority` (J8). */

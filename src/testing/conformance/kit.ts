@@ -104,7 +104,7 @@ export class Stage<Tx> {
 }
 
 export type Body<Tx> = (stage: Stage<Tx>) => Promise<void>
-type Flag = { [K in keyof Capabilities]: Capabilities[K] extends boolean ? K : never }[keyof Capabilities]
+type Flag = { [K in keyof Capabilities]-?: Capabilities[K] extends boolean ? K : never }[keyof Capabilities]
 
 /** Registers tests with the runner. */
 export class Suite<Tx> {
@@ -143,7 +143,7 @@ export class Suite<Tx> {
 
   #can(capability: Flag | 'strictFencing' | 'strictJobFencing'): boolean {
     if (capability === 'strictFencing') return this.supports.fencing === 'strict'
-    if (capability === 'strictJobFencing') return this.supports.jobFencing === 'strict'
+    if (capability === 'strictJobFencing') return (this.supports.jobFencing ?? this.supports.fencing) === 'strict'
     return this.supports[capability]
   }
 
