@@ -139,5 +139,5 @@ export function headerVariables(headers: Headers): Record<string, string> {
     variables[`KLIEO_HEADER_${name.toUpperCase().replaceAll(/[^A-Z0-9]/g, '_')}`] = value
   }
   const all = JSON.stringify(headers)
-  return all.length > LARGEST_VARIABLE ? variables : { ...variables, KLIEO_HEADERS: all }
+  return Buffer.byteLength(all) > LARGEST_VARIABLE ? variables : { ...variables, KLIEO_HEADERS: all }
 }

@@ -115,6 +115,16 @@ describe('subscribe', () => {
     expect((await klieo(['subscribe', subject, '--durable', durable, '--idle', '300ms'], { env })).stdout).toBe('')
   })
 
+  test('headers that are larger as JSON than a variable can be do not keep the command from running', async () => {
+    const subject = fresh('subject')
+    const durable = fresh('durable')
+    // A control character takes six bytes there, the other one three anyway.
+    await bus.pubsub.publish(subject, 'x', { headers: { big: '\u0001'.repeat(13_700) + '€'.repeat(17_200), small: 'y' } })
+    const line = 'echo "$KLIEO_HEADER_SMALL $(printenv KLIEO_HEADERS || echo none)"'
+    const ran = await klieo(['subscribe', subject, '--durable', durable, '--exec', line, '--count', '1'], { env })
+    expect(ran).toMatchObject({ code: 0, stdout: 'y none\n', stderr: '' })
+  })
+
   test('P7 a command that takes longer than the ack wait keeps its message', async () => {
     const subject = fresh('subject')
     await bus.pubsub.publish(subject, 'slow')
