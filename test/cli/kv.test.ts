@@ -182,6 +182,13 @@ describe('kv lease', () => {
     expect(end?.code).toBe(130)
   }, 20_000)
 
+  test('--json is an object, and what the command prints goes to standard error', async () => {
+    const key = fresh('key')
+    const ran = await klieo([...leaseArgs(key, 'echo hello; exit 7'), '--json'], { env })
+    expect(ran.objects).toEqual([{ bucket: 'locks', key, fence: expect.any(Number), exitCode: 7 }])
+    expect(ran).toMatchObject({ code: 7, stderr: 'hello\n' })
+  })
+
   test('no lease for another reason is 125, wrong usage 2', async () => {
     const unreachable = await klieo(leaseArgs('k', 'true'), { env: { DATABASE_URL: 'postgres://127.0.0.1:1/none' } })
     expect(unreachable.code).toBe(125)

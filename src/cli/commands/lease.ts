@@ -55,6 +55,7 @@ export const lease = command({
         { KLIEO_FENCE: String(held.fence), KLIEO_BUCKET: args.bucket, KLIEO_KEY: args.key },
         held.signal,
         signals,
+        output.json,
       )
       if (held.signal.aborted) throw new Failure(LOST, `the lease on "${args.key}" was lost while the command ran [lease_lost]`)
       if (output.json) await output.object({ bucket: args.bucket, key: args.key, fence: held.fence, exitCode: ended })
@@ -108,9 +109,11 @@ function keep(held: Lease, ttlMs: number): () => void {
  * own: a shell ends with its signal, and what it has started would work on when the lease is somebody else's.
  * @returns its exit code
  */
-async function run(line: string, env: Record<string, string>, lost: AbortSignal, signals: Signals): Promise<number> {
+async function run(line: string, env: Record<string, string>, lost: AbortSignal, signals: Signals, json: boolean): Promise<number> {
   const detached = process.platform !== 'win32' && ![process.stdin, process.stdout, process.stderr].some(({ isTTY }) => isTTY)
-  const child = spawn(line, { shell: true, detached, stdio: 'inherit', env: { ...process.env, ...env } })
+  // With --json standard output is ours.
+  const stdio = ['inherit', json ? 2 : 'inherit', 'inherit'] as const
+  const child = spawn(line, { shell: true, detached, stdio: [...stdio], env: { ...process.env, ...env } })
   const tell = (signal: NodeJS.Signals) => void (detached ? signalGroup(child, signal) : child.kill(signal))
   signals.toCommand = tell
   let timer: NodeJS.Timeout | undefined
