@@ -422,7 +422,7 @@ export class Database {
       this.#suspect = false
     } catch (error) {
       if (sqlState(error) === LACKS_A_RIGHT && (error as pg.DatabaseError).where === undefined) throw error
-      throw this.#toBusError(error, 'look for a restored database', this.#role)
+      throw this.#toBusError(error, 'reconnect', this.#role)
     }
   }
 

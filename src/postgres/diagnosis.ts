@@ -83,7 +83,7 @@ async function guarded(code: string, look: () => Promise<Finding[]>): Promise<Fi
     return await look()
   } catch (error) {
     if (!isBusError(error, 'permission_denied')) throw error
-    return [found(code, 'notice', 'not looked at: the role may not', error.message)]
+    return [found(code, 'warning', 'not looked at: the role may not', error.message)]
   }
 }
 

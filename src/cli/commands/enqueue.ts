@@ -157,7 +157,7 @@ function failureAt(error: Error & { code: string }, done: number, count: number)
 }
 
 function enqueuedSoFar(done: number): string {
-  return done === 0 ? 'nothing was enqueued' : `${number(done)} of the lines were enqueued`
+  return done === 0 ? 'nothing was enqueued' : `${number(done)} of the lines ${done === 1 ? 'was' : 'were'} enqueued`
 }
 
 /** Of a file; a pipe has none. */
