@@ -510,20 +510,22 @@ test('P1 P7 J1 J6 answers are lost at random under load: no msgId and no dedup k
       const statements = [/publish_many/, /enqueue_many/, /ack_deliveries/, /fetch_messages/]
       for (let n = 0; losing; n++) await Promise.race([tap.loseAnswer(statements[n % statements.length]!), eventually(() => !losing)])
     })()
-    for (let n = 0; n < 40; n++) {
+    let count = 0
+    // So many, and until enough was lost: which statements meet a loss depends on what is sent meanwhile.
+    for (; count < 40 || (tap.losses <= 10 && count < 1_000); count++) {
       await Promise.all([
-        insist(() => bus.pubsub.publish(name, `${n}`, { msgId: `${name}-${n}` })),
-        insist(() => bus.jobs.enqueue(name, { payload: `${n}`, dedupKey: `${n}` })),
+        insist(() => bus.pubsub.publish(name, `${count}`, { msgId: `${name}-${count}` })),
+        insist(() => bus.jobs.enqueue(name, { payload: `${count}`, dedupKey: `${count}` })),
       ])
     }
     losing = false
     await lossy
     tap.loseNothing()
     expect(tap.losses).toBeGreaterThan(10)
-    await eventually(() => handled.size === 40, { timeoutMs: 15_000, what: 'all messages' })
+    await eventually(() => handled.size === count, { timeoutMs: 15_000, what: 'all messages' })
     await eventually(async () => (await unsettled(name)) === 0)
     await stream.close()
     await consuming
     expect([...handled.values()].every((times) => times === 1)).toBe(true)
-    expect([await stored(name), await jobsOf(name)]).toEqual([40, 40])
+    expect([await stored(name), await jobsOf(name)]).toEqual([count, count])
   }))
