@@ -4,9 +4,10 @@
  * the entry is written by compare-and-set, so of two that create a durable at once one wins, and the other compares.
  *
  *   create   the entry, then the consumer. Died in between: the next subscription makes it.
- *   seek     the entry names another consumer, then that one, then the old one goes. Died in between: likewise; an old consumer
- *            that is left over holds no message back and gets none out; it only stands in the lists of NATS's own tools.
- *   delete   the consumer, then the entry. Died in between: the next delete ends it.
+ *   seek     the entry names another consumer, then that one, then the old one goes. Died in between: likewise; members that still read the old
+ *            consumer look at the entry from time to time, move, and take it away. Without any it only stands in the lists of NATS's own tools.
+ *   delete   the entry is marked as ending, from when on nobody joins it or makes its consumer; then the consumer goes, then the entry. Died in between:
+ *            the next delete or subscription ends it.
  */
 
 import { AckPolicy, type ConsumerInfo, DeliverPolicy } from '@nats-io/jetstream'
@@ -24,6 +25,8 @@ export interface Durable {
   readonly start: Start
   readonly ackWaitMs: number
   readonly maxAckPending: number
+  /** It is being deleted. */
+  readonly ending?: true
 }
 
 type Start = 'all' | 'new' | { readonly seq: number } | { readonly time: number }
@@ -38,13 +41,18 @@ export class Durables {
   }
 
   async find(durable: string): Promise<Durable | null> {
-    return (await this.#read(durable))?.value ?? null
+    const value = (await this.#read(durable))?.value
+    return value && !value.ending ? value : null
   }
 
   /** Joins or creates it. @throws conflict when it has another filter */
   async join(durable: string, filter: string, wanted: CheckedSubscription): Promise<Durable> {
     for (;;) {
       const found = await this.#read(durable)
+      if (found?.value.ending) {
+        await this.#end(found)
+        continue
+      }
       if (found) {
         if (found.value.filter !== filter) {
           throw new BusError(
@@ -52,7 +60,7 @@ export class Durables {
             `durable "${durable}" exists with the filter "${found.value.filter}"; subscribe with that one, or delete the durable first`,
           )
         }
-        await this.ensure(found.value)
+        if (!(await this.ensure(found.value))) continue
         return found.value
       }
       const made: Durable = {
@@ -64,23 +72,16 @@ export class Durables {
         ackWaitMs: wanted.ackWaitMs,
         maxAckPending: wanted.maxAckPending,
       }
-      if (await this.#write(made, null)) {
-        await this.ensure(made)
-        return made
-      }
+      if ((await this.#write(made, null)) !== null && (await this.ensure(made))) return made
     }
   }
 
-  /** Makes its consumer if there is none. */
-  async ensure(durable: Durable): Promise<ConsumerInfo> {
+  /** Makes its consumer if there is none. @returns false when the durable was moved or deleted meanwhile, and it has none again */
+  async ensure(durable: Durable): Promise<boolean> {
     const { jsm, names } = this.#context
-    return this.#context.ask(async () => {
-      try {
-        return await jsm.consumers.info(names.messages, durable.consumer)
-      } catch (error) {
-        if (!isNotThere(error)) throw error
-      }
-      return jsm.consumers.add(names.messages, {
+    if (await this.info(durable)) return true
+    await this.#context.ask(() =>
+      jsm.consumers.add(names.messages, {
         durable_name: durable.consumer,
         description: `durable ${durable.durable} of klieo-bus`,
         ack_policy: AckPolicy.Explicit,
@@ -91,34 +92,44 @@ export class Durables {
         max_ack_pending: durable.maxAckPending,
         max_waiting: 8_192,
         ...startConfig(durable.start),
-      })
-    })
+      }),
+    )
+    if ((await this.find(durable.durable))?.consumer === durable.consumer) return true
+    await this.deleteConsumer(durable.consumer)
+    return false
   }
 
   /** @throws not_found */
   async seek(durable: string, start: CheckedSubscription['start']): Promise<void> {
     for (;;) {
       const found = await this.#read(durable)
-      if (!found) throw noSuchDurable(durable)
+      if (!found || found.value.ending) throw noSuchDurable(durable)
       const moved = { ...found.value, consumer: `${durable}-${token()}`, start: plainStart(start) }
-      if (!(await this.#write(moved, found.revision))) continue
+      if ((await this.#write(moved, found.revision)) === null) continue
       await this.ensure(moved)
-      await this.#deleteConsumer(found.value.consumer)
+      await this.deleteConsumer(found.value.consumer)
       return
     }
   }
 
   /** @throws not_found */
   async delete(durable: string): Promise<void> {
-    const found = await this.#read(durable)
-    if (!found) throw noSuchDurable(durable)
-    await this.#deleteConsumer(found.value.consumer)
-    if (!(await this.#entries.remove(durable, found.revision))) throw noSuchDurable(durable)
+    for (;;) {
+      const found = await this.#read(durable)
+      if (!found) throw noSuchDurable(durable)
+      const { value } = found
+      // Its members hear of the end of the consumer and ask after the durable at once: by then it must be none any more.
+      const revision = value.ending ? found.revision : await this.#write({ ...value, ending: true }, found.revision)
+      if (revision === null) continue
+      if (await this.#end({ value, revision })) return
+      throw noSuchDurable(durable)
+    }
   }
 
   async all(): Promise<Durable[]> {
     const entries = await this.#entries.all('>')
-    return entries.filter((entry) => !absent(entry)).map((entry) => JSON.parse(new TextDecoder().decode(entry.value)) as Durable)
+    const durables = entries.filter((entry) => !absent(entry)).map((entry) => JSON.parse(new TextDecoder().decode(entry.value)) as Durable)
+    return durables.filter(({ ending }) => !ending)
   }
 
   async info(durable: Durable): Promise<ConsumerInfo | null> {
@@ -133,7 +144,14 @@ export class Durables {
     })
   }
 
-  async #deleteConsumer(consumer: string): Promise<void> {
+  /** One that is marked as ending. @returns false when somebody else has done it */
+  async #end({ value, revision }: { readonly value: Durable; readonly revision: number }): Promise<boolean> {
+    await this.deleteConsumer(value.consumer)
+    return this.#entries.remove(value.durable, revision)
+  }
+
+  /** One that no durable has any more. */
+  async deleteConsumer(consumer: string): Promise<void> {
     const { jsm, names } = this.#context
     await this.#context.ask(async () => {
       try {
@@ -150,13 +168,13 @@ export class Durables {
     return { value: JSON.parse(new TextDecoder().decode(entry.value)) as Durable, revision: entry.revision }
   }
 
-  /** @param expected `null`: there must be none */
-  async #write(durable: Durable, expected: number | null): Promise<boolean> {
+  /** @param expected `null`: there must be none. @returns the revision, or `null` when it was another one */
+  async #write(durable: Durable, expected: number | null): Promise<number | null> {
     const { durable: name } = durable
     const last = expected === null ? await this.#entries.read(name) : null
-    if (last && !absent(last)) return false
+    if (last && !absent(last)) return null
     const value = new TextEncoder().encode(JSON.stringify(durable))
-    return (await this.#entries.write(name, value, expected ?? last?.revision ?? 0)) !== null
+    return this.#entries.write(name, value, expected ?? last?.revision ?? 0)
   }
 }
 

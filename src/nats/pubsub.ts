@@ -29,9 +29,9 @@ import { ownId, pack, unpack, wireId } from './wire.ts'
 
 type Stream = DurableStream<HeldDelivery, never>
 
-/** How long a pull waits on the server before it is asked anew. */
-const PULL_MS = 20_000
 const AGAIN_MS = 100
+/** So often a member looks whether its durable was moved by somebody who died before he told it. */
+const LOOK_MS = 10_000
 /** Publishes of one call under way at once. */
 const WINDOW = 256
 
@@ -131,9 +131,11 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
   readonly #wanted: CheckedSubscription
   readonly #ear: PullEar
   #durable: Durable
+  #lookedAt: number
 
   constructor(context: Context, durables: Durables, durable: Durable, wanted: CheckedSubscription, ear: PullEar) {
     this.#context = context
+    this.#lookedAt = context.clock.now()
     this.#durables = durables
     this.#durable = durable
     this.#wanted = wanted
@@ -142,8 +144,9 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
 
   /** First what is there; then the server is asked to send what comes. A server is silent about a consumer that is gone only when asked anew. */
   async fetch(): Promise<Fetched<HeldDelivery>> {
-    const { names } = this.#context
-    for (const waitMs of [0, PULL_MS]) {
+    const { names, clock } = this.#context
+    if (clock.now() - this.#lookedAt >= LOOK_MS) await this.#renew()
+    for (const waitMs of [0, LOOK_MS]) {
       this.#context.checkOpen()
       const { messages, how } = await pull(this.#context, names.messages, this.#durable.consumer, {
         batch: 1,
@@ -226,13 +229,17 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
     return hold.settle('+TERM')
   }
 
-  /** The consumer does not answer: the durable was moved, or deleted, or its consumer never made. @returns whether it was moved @throws not_found */
+  /** The durable may have been moved, or deleted, or its consumer never made. @returns whether it was moved @throws not_found */
   async #renew(): Promise<boolean> {
-    this.#context.checkOpen()
-    const now = await this.#durables.find(this.#durable.durable)
-    if (!now || now.id !== this.#durable.id) throw noSuchDurable(this.#durable.durable)
-    await this.#durables.ensure(now)
-    const moved = now.consumer !== this.#durable.consumer
+    const { clock, checkOpen } = this.#context
+    checkOpen()
+    const before = this.#durable
+    const now = await this.#durables.find(before.durable)
+    const moved = now?.consumer !== before.consumer
+    // Whoever moved or deleted it may have died before he took it away.
+    if (moved) await this.#durables.deleteConsumer(before.consumer)
+    if (!now || now.id !== before.id) throw noSuchDurable(before.durable)
+    if (await this.#durables.ensure(now)) this.#lookedAt = clock.now()
     this.#durable = now
     return moved
   }
