@@ -51,8 +51,10 @@ export class WatchSource implements ChangeSource {
   ): Promise<WatchSource> {
     const source = new WatchSource(context, entries, filter, signal, change)
     const info = await context.ask(() => context.jsm.streams.info(entries.stream))
-    source.#presentUpTo = info.state.last_seq
-    await source.#begin(updatesOnly ? { deliver_policy: DeliverPolicy.New } : { deliver_policy: DeliverPolicy.LastPerSubject })
+    const last = info.state.last_seq
+    source.#presentUpTo = last
+    if (updatesOnly) source.#seq = last
+    await source.#begin(updatesOnly ? startingAfter(last) : { deliver_policy: DeliverPolicy.LastPerSubject })
     return source
   }
 
@@ -76,6 +78,8 @@ export class WatchSource implements ChangeSource {
         const change = this.#change(entry)
         if (change) changes.push(change)
       }
+      // The entries that were there are read: from here on every change counts, also those of keys that had none.
+      if (waitMs === 0 && how === 'answered' && messages.length < batch) this.#seq = Math.max(this.#seq, this.#presentUpTo)
       if (changes.length > 0) return changes
       if (this.#signal.aborted) return []
       if (how !== 'answered') {
@@ -93,11 +97,10 @@ export class WatchSource implements ChangeSource {
   async #beginAgain(): Promise<void> {
     this.#context.checkOpen()
     this.#forget()
-    await this.#begin(
-      this.#seq === 0
-        ? { deliver_policy: DeliverPolicy.LastPerSubject }
-        : { deliver_policy: DeliverPolicy.StartSequence, opt_start_seq: this.#seq + 1 },
-    )
+    if (this.#seq === 0) return this.#begin({ deliver_policy: DeliverPolicy.LastPerSubject })
+    // From here on older revisions of what was there may come, too, and so must its end.
+    this.#presentUpTo = 0
+    await this.#begin(startingAfter(this.#seq))
   }
 
   async #begin(start: { readonly deliver_policy: DeliverPolicy; readonly opt_start_seq?: number }): Promise<void> {
@@ -119,4 +122,8 @@ export class WatchSource implements ChangeSource {
     const { jsm, isClosed } = this.#context
     if (!isClosed()) jsm.consumers.delete(this.#entries.stream, this.#consumer).catch(() => {})
   }
+}
+
+function startingAfter(seq: number): { readonly deliver_policy: DeliverPolicy; readonly opt_start_seq: number } {
+  return { deliver_policy: DeliverPolicy.StartSequence, opt_start_seq: seq + 1 }
 }
