@@ -87,10 +87,9 @@ export class NatsBus implements Bus<never> {
   readonly supports: Capabilities = SUPPORTS
   readonly #nc: NatsConnection
   readonly #context: Context
-  /** Rejects when the connection is about to be closed: what was asked of the server is answered no more. */
-  readonly #ended = Promise.withResolvers<never>()
-  /** What the server has not answered yet. */
-  readonly #asked = new Set<Promise<unknown>>()
+  /** What the server has not answered yet, and how to end it. One promise for all of them would remember every answer as long as the bus lives. */
+  readonly #asked = new Map<Promise<unknown>, (error: BusError) => void>()
+  readonly #reconnected = new Set<() => void>()
   #closing: Promise<void> | undefined
 
   /** Connects, and makes the streams and buckets that are not there. @throws invalid_argument, connection, permission_denied, unavailable, conflict */
@@ -121,6 +120,8 @@ export class NatsBus implements Bus<never> {
         name: 'klieo-bus',
         maxReconnectAttempts: -1,
         reconnectTimeWait: 250,
+        // A server that refuses the user once it is back, or for a while, is asked again, too.
+        ignoreAuthErrorAbort: true,
         ...(servers === undefined ? {} : { servers: typeof servers === 'string' ? servers : [...servers] }),
         ...(given.user === undefined ? {} : { user: given.user }),
         ...(given.pass === undefined ? {} : { pass: given.pass }),
@@ -185,10 +186,8 @@ export class NatsBus implements Bus<never> {
 
   private constructor(nc: NatsConnection, parts: Pick<Context, 'js' | 'jsm' | 'names' | 'maxPayloadBytes' | 'jobAckWaitMs'>) {
     this.#nc = nc
-    this.#ended.promise.catch(() => {})
-    const reconnected = new Set<() => void>()
     void (async () => {
-      for await (const status of nc.status()) if (status.type === 'reconnect') for (const callback of [...reconnected]) callback()
+      for await (const status of nc.status()) if (status.type === 'reconnect') this.#forgetPulls()
     })().catch(() => {})
     const clock = systemClock
     const context: Context = {
@@ -213,10 +212,11 @@ export class NatsBus implements Bus<never> {
         if (this.#closing) throw closedError('the bus')
       },
       ask: async (run) => {
+        const { promise: ended, reject } = Promise.withResolvers<never>()
         const asked = mapped(run)
-        this.#asked.add(asked)
+        this.#asked.set(asked, reject)
         try {
-          return await Promise.race([asked, this.#ended.promise])
+          return await Promise.race([asked, ended])
         } catch (error) {
           if (this.#closing && isBusError(error, 'connection')) throw closedError('the bus')
           throw error
@@ -225,8 +225,8 @@ export class NatsBus implements Bus<never> {
         }
       },
       onReconnect: (callback, signal) => {
-        reconnected.add(callback)
-        signal.addEventListener('abort', () => reconnected.delete(callback), { once: true })
+        this.#reconnected.add(callback)
+        signal.addEventListener('abort', () => this.#reconnected.delete(callback), { once: true })
       },
     }
     this.#context = context
@@ -262,10 +262,15 @@ export class NatsBus implements Bus<never> {
     // What was asked before is answered, if the server is there.
     const grace = Promise.withResolvers<void>()
     const cancel = systemClock.setTimer(grace.resolve, CLOSE_GRACE_MS)
-    await Promise.race([Promise.allSettled(this.#asked), grace.promise])
+    await Promise.race([Promise.allSettled(this.#asked.keys()), grace.promise])
     cancel()
-    this.#ended.reject(closedError('the bus'))
+    for (const end of this.#asked.values()) end(closedError('the bus'))
+    this.#forgetPulls()
     await this.#nc.close()
+  }
+
+  #forgetPulls(): void {
+    for (const callback of [...this.#reconnected]) callback()
   }
 }
 

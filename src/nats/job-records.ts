@@ -143,9 +143,10 @@ export class JobRecords {
   }
 
   async read(queue: string, id: string): Promise<JobRecord | null> {
-    const [data, state] = await Promise.all([
-      this.#entries.read(this.#key(queue, id, 'data')),
+    // In the order in which the server reads them: what is forgotten loses its data first, so without a state it is one that nobody has claimed.
+    const [state, data] = await Promise.all([
       this.#entries.read(this.#key(queue, id, 'state')),
+      this.#entries.read(this.#key(queue, id, 'data')),
     ])
     return data && recordOf(data, state)
   }

@@ -2,6 +2,7 @@
 
 import { createInbox, type Msg } from '@nats-io/transport-node'
 import type { Context } from './context.ts'
+import { mapped } from './errors.ts'
 
 export interface PullOptions {
   readonly batch: number
@@ -23,7 +24,12 @@ export interface Pulled {
 const SILENCE_MS = 1_500
 const NAK = '-NAK'
 
+/** @throws connection: it was closed for good */
 export function pull(context: Context, stream: string, consumer: string, options: PullOptions): Promise<Pulled> {
+  return mapped(() => ask(context, stream, consumer, options))
+}
+
+function ask(context: Context, stream: string, consumer: string, options: PullOptions): Promise<Pulled> {
   const { nc, clock } = context
   const { batch, waitMs, signal } = options
   return new Promise((resolve) => {

@@ -22,9 +22,9 @@ import {
   type RespondOptions,
 } from '../core/index.ts'
 import { errorText } from '../runtime/error-text.ts'
-import type { Context } from './context.ts'
+import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { isNoResponders, isTimeout, natsError } from './errors.ts'
-import { pack, unpack } from './wire.ts'
+import { pack, parsed, unpack } from './wire.ts'
 
 type Handler = (request: Request) => Payload | Promise<Payload>
 
@@ -85,9 +85,15 @@ export class NatsRequestReply implements RequestReply {
       this.#responders.delete(responder),
     )
     this.#responders.add(responder)
-    // The server knows of it when it answers what was sent after it.
-    await this.#context.ask(() => this.#context.nc.flush())
-    this.#context.checkOpen()
+    try {
+      // The server knows of it when it answers what was sent after it.
+      await this.#context.ask(() => flushed(this.#context))
+      this.#context.checkOpen()
+    } catch (error) {
+      // Its caller has nothing to close it by.
+      void responder.close()
+      throw error
+    }
     return responder
   }
 
@@ -118,8 +124,19 @@ export class NatsRequestReply implements RequestReply {
       throw natsError(error)
     }
     const failed = reply.headers?.get(FAILED)
-    if (failed) throw new BusError('handler_failed', JSON.parse(failed) as string)
+    if (failed) throw new BusError('handler_failed', String(parsed(failed) ?? failed))
     return reply.data
+  }
+}
+
+/** Until the server has seen what was sent so far: a flush of the client's waits as long as the connection stands, answered or not. */
+async function flushed({ nc, clock }: Context): Promise<void> {
+  const late = Promise.withResolvers<never>()
+  const cancel = clock.setTimer(() => late.reject(new BusError('connection', 'NATS did not answer in time')), ANSWER_WITHIN_MS)
+  try {
+    await Promise.race([nc.flush(), late.promise])
+  } finally {
+    cancel()
   }
 }
 
@@ -159,7 +176,7 @@ class NatsResponder implements Responder {
   async #close(): Promise<void> {
     try {
       this.#subscription.unsubscribe()
-      await this.#context.nc.flush()
+      await flushed(this.#context)
     } catch {
       // Without a connection nobody is asked any more.
     }

@@ -57,10 +57,27 @@ export function unpack(headers: MsgHdrs | undefined, data: Uint8Array): { readon
   const entries: [string, string][] = []
   for (const name of headers.keys()) if (!RESERVED.test(name)) entries.push([name, headers.get(name)])
   const odd = headers.get(ODD)
-  if (odd) entries.push(...(JSON.parse(odd) as [string, string][]))
+  if (odd) entries.push(...(pairs(odd) ?? []))
   const length = Number(headers.get(PACKED))
-  if (length > 0) entries.push(...(JSON.parse(decoder.decode(data.subarray(0, length))) as [string, string][]))
-  return { headers: Object.freeze(Object.fromEntries(entries)), payload: length > 0 ? data.subarray(length) : data }
+  const packed = length > 0 ? pairs(decoder.decode(data.subarray(0, length))) : undefined
+  if (packed) entries.push(...packed)
+  return { headers: Object.freeze(Object.fromEntries(entries)), payload: packed ? data.subarray(length) : data }
+}
+
+/** Anybody may publish there: what the bus has not packed is left as it is. */
+function pairs(json: string): [string, string][] | undefined {
+  const value = parsed(json)
+  const isPair = (pair: unknown) => Array.isArray(pair) && pair.length === 2 && pair.every((part) => typeof part === 'string')
+  return Array.isArray(value) && value.every(isPair) ? (value as [string, string][]) : undefined
+}
+
+/** @returns `undefined` when it is no JSON */
+export function parsed(json: string): unknown {
+  try {
+    return JSON.parse(json)
+  } catch {
+    return undefined
+  }
 }
 
 /** A `msgId` as the `Nats-Msg-Id`: as it is where a header can carry it. */

@@ -16,6 +16,9 @@ export interface NatsServer {
   stop(signal?: NodeJS.Signals): Promise<void>
   /** On the same port and store. */
   start(): Promise<void>
+  /** As if its machine had stood still: its connections stay, and nobody answers on them. */
+  pause(): void
+  resume(): void
   /** Stops it and removes its store. */
   remove(): Promise<void>
 }
@@ -55,6 +58,7 @@ export async function ownNatsServer(settings = CONFIG, flags: readonly string[] 
   const stop = async (signal: NodeJS.Signals = 'SIGTERM') => {
     const child = server
     server = undefined
+    child?.kill('SIGCONT')
     if (!child || child.exitCode !== null || child.signalCode !== null) return
     const ended = new Promise((resolve) => child.once('exit', resolve))
     child.kill(signal)
@@ -65,6 +69,8 @@ export async function ownNatsServer(settings = CONFIG, flags: readonly string[] 
     url: `127.0.0.1:${port}`,
     start,
     stop,
+    pause: () => void server?.kill('SIGSTOP'),
+    resume: () => void server?.kill('SIGCONT'),
     remove: async () => {
       await stop()
       await rm(store, { recursive: true, force: true })
