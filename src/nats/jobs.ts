@@ -383,11 +383,16 @@ export class NatsJobs implements JobQueue {
         return true
       })
     },
-    whereabouts: async ({ queue, id, record }) => {
+    // Asked where the answer to a write was lost, and so the ticket may not have followed.
+    whereabouts: async ({ queue, id, record, hold }) => {
       const found = await this.#records.read(queue, id)
+      if (found?.state.claim === record.state.claim && found?.state.is === 'running') return 'mine'
+      const isOther = found !== null && found.state.claim !== record.state.claim
+      // Whoever gets it next does the rest. Of somebody else's claim it is the ticket, too.
+      if (isOther) hold.end()
+      else await hold.settleAnyway('-NAK')
       if (!found || found.state.is === 'done') return 'gone'
-      if (found.state.claim !== record.state.claim) return 'other'
-      return found.state.is === 'running' ? 'mine' : 'free'
+      return isOther ? 'other' : 'free'
     },
   }
 

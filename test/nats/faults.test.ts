@@ -1,6 +1,6 @@
 /** Who dies, stands still or writes nonsense, and what a bus then must not do. */
 
-import { createServer } from 'node:net'
+import { connect as connectSocket, createServer, type Socket } from 'node:net'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { jetstream, jetstreamManager } from '@nats-io/jetstream'
@@ -175,6 +175,38 @@ describe.skipIf(missing !== undefined)(`faults around NATS${missing === undefine
     expect(asked).toBe(0)
   }, 30_000)
 
+  for (const how of ['nak', 'deadLetter', 'ack'] as const) {
+    test(`J6 a job whose ${how} arrived although its answer was lost does not wait for the end of its lease`, async () => {
+      const proxy = await cuttingProxy(server.url, how === 'nak' ? '"is":"ready"' : how === 'ack' ? '"is":"done"' : '"is":"dying"')
+      const other = await NatsBus.connect({ servers: proxy.url, jobAckWaitMs: 500 })
+      const queue = `lost-${how}`
+      const jsm = await jetstreamManager(nc)
+      try {
+        await other.jobs.enqueue(queue, { payload: 'x' })
+        const job = (await other.jobs.claim(queue, 'w', LONG_TTL_MS))!
+        if (how === 'nak') await job.nak(0)
+        else if (how === 'ack') await job.ack()
+        else await job.deadLetter('r')
+        expect(proxy.cuts).toBe(1)
+        const next = await bus.jobs.claim(queue, 'w', LONG_TTL_MS, { waitMs: 3_000 })
+        expect(next?.attempt ?? null).toBe(how === 'nak' ? 2 : null)
+        await next?.ack()
+        await eventually(async () => {
+          const { state } = await jsm.streams.info('klieo_work', { subjects_filter: `klieo.work.${queue}` })
+          expect(state.subjects ?? {}).toEqual({})
+        })
+        if (how === 'deadLetter') {
+          const stream = await bus.pubsub.subscribe(`${queue}.dlq`, queue, { start: 'all' })
+          expect((await stream[Symbol.asyncIterator]().next()).value!.headers).toMatchObject({ dlq_reason: 'r' })
+          await stream.close()
+        }
+      } finally {
+        await other.close()
+        await proxy.close()
+      }
+    }, 30_000)
+  }
+
   test('a bus closes within a second while a listing is under way and the server stands still', async () => {
     const other = await NatsBus.connect({ servers: server.url })
     const listing = other.kv.keys('closing').next()
@@ -229,4 +261,43 @@ async function refusingServer(port: number) {
   await new Promise<void>((resolve) => void listening.listen(port, '127.0.0.1', resolve))
   gate.close = () => new Promise<void>((resolve) => void listening.close(() => resolve()))
   return gate
+}
+
+/** Passes everything on until the client has written what holds the text; that the server gets, and its answer nobody. */
+async function cuttingProxy(target: string, written: string) {
+  const [host = '', port = ''] = target.split(':')
+  const sockets = new Set<Socket>()
+  const proxy = { cuts: 0, url: '', close: async () => {} }
+  const listening = createServer((client) => {
+    const upstream = connectSocket(Number(port), host)
+    let deaf = false
+    for (const socket of [client, upstream]) {
+      sockets.add(socket)
+      socket.on('error', () => {})
+      socket.on('close', () => {
+        client.destroy()
+        upstream.destroy()
+      })
+    }
+    upstream.on('data', (chunk) => {
+      if (!deaf) client.write(chunk)
+      // It has answered, so it has read.
+      else client.destroy()
+    })
+    client.on('data', (chunk) => {
+      if (proxy.cuts === 0 && chunk.includes(written)) {
+        proxy.cuts++
+        deaf = true
+      }
+      upstream.write(chunk)
+    })
+  })
+  await new Promise<void>((resolve) => void listening.listen(0, '127.0.0.1', resolve))
+  const address = listening.address()
+  proxy.url = `127.0.0.1:${typeof address === 'object' && address !== null ? address.port : 0}`
+  proxy.close = async () => {
+    for (const socket of sockets) socket.destroy()
+    await new Promise<void>((resolve) => void listening.close(() => resolve()))
+  }
+  return proxy
 }
