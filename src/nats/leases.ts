@@ -45,12 +45,12 @@ export class Leases {
         attempt: async () => {
           this.#context.checkOpen()
           const last = await this.#entries.read(place)
-          const now = serverClock.now()
+          const now = serverClock.atLeast()
           endsAt = last ? endOf(last) + SKEW_MS : 0
           if (last && !last.deleted && endsAt > now) return undefined
           return this.#grant(place, what, ttlMs, last?.revision ?? 0)
         },
-        pauseMs: async () => Math.max(1, Math.min(LONGEST_WAIT_MS, endsAt - serverClock.now())),
+        pauseMs: async () => Math.max(1, Math.min(LONGEST_WAIT_MS, endsAt - serverClock.atLeast())),
       })
     } finally {
       subscription?.unsubscribe()

@@ -8,6 +8,8 @@ import {
   checkMessage,
   checkSignal,
   checkSubscription,
+  type Headers,
+  isBusError,
   type Message,
   type MsgStream,
   noSuchDurable,
@@ -213,20 +215,27 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
    * round a message could be gone and no letter there.
    */
   async #bury({ payload, headers, subject, seq, hold }: HeldDelivery, attempts: number): Promise<boolean> {
+    const { maxPayloadBytes } = this.#context
+    const own = Object.entries(headers).filter(([name]) => !name.startsWith('dlq_'))
+    const added = { dlq_reason: 'max_deliver_exceeded', dlq_subject: subject, dlq_seq: String(seq), dlq_attempts: String(attempts) }
+    try {
+      await this.#publishLetter(seq, payload, { ...Object.fromEntries(own), ...added })
+    } catch (error) {
+      if (!isBusError(error, 'payload_too_large')) throw error
+      // Somebody else's client may publish what leaves no room for more.
+      const dropped = { dlq_headers_dropped: String(own.length), dlq_payload_bytes: String(payload.byteLength) }
+      await this.#publishLetter(seq, payload.subarray(0, maxPayloadBytes), { ...added, ...dropped })
+    }
+    return hold.settle('+TERM')
+  }
+
+  async #publishLetter(seq: number, payload: Uint8Array, headers: Headers): Promise<void> {
     const { js, names } = this.#context
     const { durable, id, consumer } = this.#durable
-    const own = Object.entries(headers).filter(([name]) => !name.startsWith('dlq_'))
-    const letter = pack(payload, {
-      ...Object.fromEntries(own),
-      dlq_reason: 'max_deliver_exceeded',
-      dlq_subject: subject,
-      dlq_seq: String(seq),
-      dlq_attempts: String(attempts),
-    })
+    const letter = pack(payload, headers)
     await this.#context.ask(() =>
       js.publish(names.message(`${durable}.dlq`), letter.payload, { headers: letter.headers, msgID: ownId('dlq', id, consumer, seq) }),
     )
-    return hold.settle('+TERM')
   }
 
   /** The durable may have been moved, or deleted, or its consumer never made. @returns whether it was moved @throws not_found */

@@ -22,6 +22,8 @@ export class ServerClock {
   readonly #clock: Clock
   readonly #probe: Probe
   #offset = 0
+  /** By so much it may be off. */
+  #uncertainty = 0
   #sampledAt = Number.NEGATIVE_INFINITY
   #sampling: Promise<void> | undefined
 
@@ -41,6 +43,7 @@ export class ServerClock {
       offset = storedAt - (after + before) / 2
     }
     this.#offset = offset
+    this.#uncertainty = shortest / 2
     this.#sampledAt = this.#clock.now()
   }
 
@@ -56,5 +59,10 @@ export class ServerClock {
         })
     }
     return this.#offset + now
+  }
+
+  /** It is not earlier than this, but for the drift of a minute: to judge by whether somebody else's time is over. */
+  atLeast(): number {
+    return this.now() - this.#uncertainty
   }
 }
