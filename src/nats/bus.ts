@@ -205,7 +205,9 @@ export class NatsBus implements Bus<never> {
         if (stored) return { after, storedAt: stored.time.getTime(), before }
         // Another bus has written the next one since.
         const next = await parts.jsm.streams.getMessage(stream, { last_by_subj: subject })
-        return { after, storedAt: next?.time.getTime() ?? Date.now(), before: clock.now() }
+        if (!next)
+          throw new BusError('unavailable', `the time of NATS is not known: stream "${stream}" was purged at that moment; try again`)
+        return { after, storedAt: next.time.getTime(), before: clock.now() }
       }),
       isClosed: () => this.#closing !== undefined,
       checkOpen: () => {
