@@ -289,7 +289,10 @@ export class NatsAdmin implements Admin {
     try {
       for (;;) {
         const { messages, how } = await pull(this.#context, names.messages, name, { batch: PURGE_BATCH, waitMs: 0, signal: NEVER })
-        if (how !== 'answered') throw new BusError('connection', 'NATS did not answer in time; purge again', { retryable: true })
+        if (how !== 'answered') {
+          this.#context.checkOpen()
+          throw new BusError('connection', 'NATS did not answer in time; purge again', { retryable: true })
+        }
         for (const { seq, time } of messages.map(infoOf)) if (before === undefined || time < before.getTime()) seqs.push(seq)
         if (messages.length < PURGE_BATCH) return seqs
       }

@@ -91,6 +91,8 @@ export class NatsBus implements Bus<never> {
   readonly #asked = new Map<Promise<unknown>, (error: BusError) => void>()
   readonly #reconnected = new Set<() => void>()
   #closing: Promise<void> | undefined
+  /** Nothing is asked any more, also not by a call that is under way. */
+  #over = false
 
   /** Connects, and makes the streams and buckets that are not there. @throws invalid_argument, connection, permission_denied, unavailable, conflict */
   static async connect(options: NatsBusOptions = {}): Promise<NatsBus> {
@@ -214,6 +216,8 @@ export class NatsBus implements Bus<never> {
         if (this.#closing) throw closedError('the bus')
       },
       ask: async (run) => {
+        // A connection that is being closed takes a question and never answers it.
+        if (this.#over) throw closedError('the bus')
         const { promise: ended, reject } = Promise.withResolvers<never>()
         const asked = mapped(run)
         this.#asked.set(asked, reject)
@@ -227,6 +231,7 @@ export class NatsBus implements Bus<never> {
         }
       },
       onReconnect: (callback, signal) => {
+        if (this.#over) return callback()
         this.#reconnected.add(callback)
         signal.addEventListener('abort', () => this.#reconnected.delete(callback), { once: true })
       },
@@ -266,6 +271,7 @@ export class NatsBus implements Bus<never> {
     const cancel = systemClock.setTimer(grace.resolve, CLOSE_GRACE_MS)
     await Promise.race([Promise.allSettled(this.#asked.keys()), grace.promise])
     cancel()
+    this.#over = true
     for (const end of this.#asked.values()) end(closedError('the bus'))
     this.#forgetPulls()
     await this.#nc.close()

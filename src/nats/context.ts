@@ -21,7 +21,7 @@ export interface Context {
   checkOpen(): void
   /** Asks the server; whatever it rejects with is a BusError, `closed` when the bus is or closes meanwhile. */
   ask<T>(run: () => Promise<T>): Promise<T>
-  /** Calls back after every reconnect, and when the bus ends, until the signal aborts: what was asked of the server before it is forgotten. */
+  /** Calls back after every reconnect, and when the bus ends or at once when it has ended, until the signal aborts: what was asked of the server before it is forgotten. */
   onReconnect(callback: () => void, signal: AbortSignal): void
 }
 

@@ -64,6 +64,7 @@ function ask(context: Context, stream: string, consumer: string, options: PullOp
     if (signal.aborted) return finish('ended')
     signal.addEventListener('abort', onAbort, { once: true })
     context.onReconnect(onAbort, local.signal)
+    if (over) return
     const request = waitMs > 0 ? { batch, expires: waitMs * 1e6 } : { batch, no_wait: true }
     try {
       nc.publish(`$JS.API.CONSUMER.MSG.NEXT.${stream}.${consumer}`, JSON.stringify(request), { reply: inbox })
