@@ -35,7 +35,7 @@ export interface JobInfo {
   readonly enqueuedAt: Date
   /** When it became or becomes due, before it was last claimed. */
   readonly runAt: Date
-  /** The end of its lease, while somebody holds it. */
+  /** The end of its lease, also when that is over and nobody has claimed the job since. */
   readonly leasedUntil?: Date
   /** Who claimed it last; not kept by every backend. */
   readonly workerId?: string

@@ -31,7 +31,7 @@ import { infoOf } from './deliveries.ts'
 import type { Durables } from './durables.ts'
 import { absent, type Entries } from './entries.ts'
 import { isNotThere } from './errors.ts'
-import { isJobId, type JobRecord, type JobRecords, MAX_ATTEMPTS_EXCEEDED } from './job-records.ts'
+import { isJobId, type JobRecord, type JobRecords, LEASE_RAN_OUT, MAX_ATTEMPTS_EXCEEDED } from './job-records.ts'
 import { bucketOf } from './kv.ts'
 import { pull } from './pull.ts'
 
@@ -255,7 +255,7 @@ export class NatsAdmin implements Admin {
   async #buried(record: JobRecord): Promise<boolean> {
     if (record.state.is === 'dead' || stateOf(record, this.#context.serverClock.now()) !== 'dead') return false
     if (record.state.is === 'dying') await this.#records.finishBurying(record)
-    else await this.#records.bury(record, MAX_ATTEMPTS_EXCEEDED, undefined)
+    else await this.#records.bury(record, MAX_ATTEMPTS_EXCEEDED, LEASE_RAN_OUT)
     return true
   }
 
@@ -326,8 +326,7 @@ function stateOf({ state, data }: JobRecord, now: number): JobState {
 function infoOfJob(record: JobRecord, now: number): JobInfo {
   const { data, state } = record
   const shown = stateOf(record, now)
-  const { reason } = state
-  const lastError = shown !== 'dead' || reason === undefined || reason === MAX_ATTEMPTS_EXCEEDED ? state.error : reason
+  const lastError = lastErrorOf(state, shown)
   return {
     id: data.id,
     queue: data.queue,
@@ -337,11 +336,18 @@ function infoOfJob(record: JobRecord, now: number): JobInfo {
     maxAttempts: data.maxAttempts,
     enqueuedAt: new Date(data.enqueuedAt),
     runAt: new Date(state.dueAt),
-    ...(shown === 'running' && state.until !== undefined ? { leasedUntil: new Date(state.until) } : {}),
+    ...(state.is === 'running' && shown !== 'dead' && state.until !== undefined ? { leasedUntil: new Date(state.until) } : {}),
     ...(state.workerId === undefined ? {} : { workerId: state.workerId }),
     ...(data.dedupKey === undefined ? {} : { dedupKey: data.dedupKey }),
     ...(lastError === undefined ? {} : { lastError }),
     ...(state.diedAt === undefined ? {} : { diedAt: new Date(state.diedAt) }),
     payloadBytes: data.payloadBytes,
   }
+}
+
+function lastErrorOf({ is, error, reason }: JobRecord['state'], shown: JobState): string | undefined {
+  if (shown !== 'dead') return error
+  // Nobody has buried it yet.
+  if (is === 'running') return LEASE_RAN_OUT
+  return reason === undefined || reason === MAX_ATTEMPTS_EXCEEDED ? error : reason
 }

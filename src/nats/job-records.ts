@@ -82,6 +82,8 @@ const PAUSE = '=pause'
 
 const LONGEST_REASON = 4_000
 export const MAX_ATTEMPTS_EXCEEDED = 'max_attempts_exceeded'
+/** What is wrong with a job whose worker died at the last attempt. */
+export const LEASE_RAN_OUT = 'the lease of the last attempt ran out'
 
 const encoder = new TextEncoder()
 const decoder = new TextDecoder()

@@ -27,7 +27,7 @@ import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../ru
 import { type Context, checkTx, PullEar } from './context.ts'
 import { Hold, nakVerb } from './deliveries.ts'
 import { isNotThere } from './errors.ts'
-import { type JobRecord, type JobRecords, type JobState, MAX_ATTEMPTS_EXCEEDED, type NewJob } from './job-records.ts'
+import { type JobRecord, type JobRecords, type JobState, LEASE_RAN_OUT, MAX_ATTEMPTS_EXCEEDED, type NewJob } from './job-records.ts'
 import { pull } from './pull.ts'
 import { tokenOf } from './wire.ts'
 
@@ -35,6 +35,13 @@ interface NatsClaim extends Claim {
   readonly hold: Hold
   /** As the holder last wrote it. */
   record: JobRecord
+}
+
+/** One call of claim. A job may come twice in it: it has a second ticket where it was retried, and the first again when its lease is over. */
+interface Call {
+  readonly given: Set<JobId>
+  /** Handed back once the call is over. */
+  readonly tooMany: Hold[]
 }
 
 const WINDOW = 256
@@ -221,13 +228,14 @@ export class NatsJobs implements JobQueue {
     const { names } = this.#context
     const found: NatsClaim[] = []
     const contexts = new Map<NatsClaim, number>()
+    const call: Call = { given: new Set(), tooMany: [] }
     let last = false
     for (let wait = waitMs; ; wait = last ? SIGNAL_MS : 0) {
       const batch = wait > 0 ? 1 : Math.min(MOST_TICKETS, limit - found.length)
       const { messages, how } = await pull(this.#context, names.work, consumer, { batch, waitMs: wait, signal: ear.ended })
       if (how === 'silent') this.#consumers.delete(queue)
       const arrivedAt = this.#context.clock.now()
-      const claims = await Promise.allSettled(messages.map((msg) => this.#open(queue, msg, workerId, ttlMs)))
+      const claims = await Promise.allSettled(messages.map((msg) => this.#open(queue, msg, workerId, ttlMs, call)))
       for (const claim of claims) {
         if (claim.status === 'rejected') {
           // Its ticket comes again. What was claimed beside it is the caller's.
@@ -241,6 +249,7 @@ export class NatsJobs implements JobQueue {
       // It said that there is nothing more: once again, with a little patience.
       last = messages.length < batch
     }
+    for (const hold of call.tooMany) hold.last(0)
     // Of those that came together the one that has waited longest goes first (J8).
     found.sort((a, b) => a.record.state.dueAt - b.record.state.dueAt)
     const held = found.map((claim) => {
@@ -266,7 +275,7 @@ export class NatsJobs implements JobQueue {
   }
 
   /** What a ticket is good for; `undefined`: nothing now. */
-  async #open(queue: string, msg: Msg, workerId: string, ttlMs: number): Promise<NatsClaim | undefined> {
+  async #open(queue: string, msg: Msg, workerId: string, ttlMs: number, call: Call): Promise<NatsClaim | undefined> {
     const { serverClock, jobAckWaitMs } = this.#context
     const id = msg.string()
     const hold = new Hold(this.#context, msg, jobAckWaitMs, jobAckWaitMs)
@@ -274,6 +283,10 @@ export class NatsJobs implements JobQueue {
       for (;;) {
         const [record, pausedAt] = await Promise.all([this.#records.read(queue, id), this.#records.pausedAt(queue)])
         const now = serverClock.now()
+        if (call.given.has(id)) {
+          call.tooMany.push(hold)
+          return undefined
+        }
         if (record === null) {
           await this.#records.forgetState(queue, id)
           await hold.settleAnyway('+ACK')
@@ -292,7 +305,7 @@ export class NatsJobs implements JobQueue {
           return undefined
         }
         if (state.attempts >= data.maxAttempts) {
-          if (!(await this.#records.bury(record, MAX_ATTEMPTS_EXCEEDED, undefined))) continue
+          if (!(await this.#records.bury(record, MAX_ATTEMPTS_EXCEEDED, LEASE_RAN_OUT))) continue
           await hold.settleAnyway('+ACK')
           return undefined
         }
@@ -308,6 +321,7 @@ export class NatsJobs implements JobQueue {
         }
         const revision = await this.#records.write(record, running)
         if (revision === null) continue
+        call.given.add(id)
         hold.last(ttlMs)
         return {
           id,
@@ -373,7 +387,10 @@ export class NatsJobs implements JobQueue {
     release: async (claim, counted) => {
       await this.#inTurn(claim, async () => {
         // The last attempt was begun and given back: it was the last.
-        if (counted && claim.attempt >= claim.maxAttempts) return this.#bury(claim, MAX_ATTEMPTS_EXCEEDED, undefined)
+        if (counted && claim.attempt >= claim.maxAttempts) {
+          const ranOut = (claim.record.state.until ?? 0) <= this.#context.serverClock.now()
+          return this.#bury(claim, MAX_ATTEMPTS_EXCEEDED, ranOut ? LEASE_RAN_OUT : undefined)
+        }
         const dueAt = counted ? this.#context.serverClock.now() : claim.record.state.dueAt
         const attempts = claim.attempt - (counted ? 0 : 1)
         if ((await this.#writeState(claim, (state) => ({ ...bare(state), is: 'ready', attempts, dueAt }))) === null) return false

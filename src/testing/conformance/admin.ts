@@ -108,6 +108,20 @@ export function adminTests<Tx>(suite: Suite<Tx>): void {
       assert.equal(await bus.admin.job('no-such-job'), null)
     })
 
+    suite.test('A1 a job whose lease is over and that nobody has claimed since is ready, and shows when the lease ended', async (stage) => {
+      const bus = await stage.open()
+      const queue = unique('q')
+      const id = await bus.jobs.enqueue(queue, { payload: 'x' })
+      const claim = await bus.jobs.claim(queue, 'w', 50)
+      const info = await eventually(async () => {
+        const seen = await bus.admin.job(id)
+        return seen?.state === 'ready' && seen
+      }, 'the end of the lease')
+      assert.ok(info.leasedUntil && Math.abs(info.leasedUntil.getTime() - claim!.lease.expiresAt.getTime()) <= 1_000)
+      await claim!.nak(0)
+      assert.equal((await bus.admin.job(id))?.leasedUntil, undefined)
+    })
+
     suite.where('redeliveryCounts', 'A1 a durable is counted by what becomes of its messages', async (stage) => {
       const bus = await stage.open()
       const [subject, durable] = [unique('p'), unique('d')]
