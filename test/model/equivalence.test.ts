@@ -15,7 +15,7 @@ import { PostgresStage } from './worlds.ts'
 const SEED = Number(process.env.KLIEO_TEST_SEED ?? 20_261)
 const RUNS = process.env.KLIEO_MODEL_RUNS === undefined ? undefined : Number(process.env.KLIEO_MODEL_RUNS)
 /** A trace takes a fifth of a second or so. */
-const NORMAL_RUNS: Readonly<Record<Area, number>> = { pubsub: 30, jobs: 30, kv: 30, requests: 12, everything: 25 }
+const NORMAL_RUNS: Readonly<Record<Area, number>> = { pubsub: 30, jobs: 30, kv: 30, requests: 12, admin: 30, everything: 25 }
 const STEPS = 40
 
 let stage: PostgresStage

@@ -9,16 +9,16 @@ type Do<Name extends Step['do']> = Extract<Step, { do: Name }>
 export const jobsActions = {
   async enqueue(player: Player, { bus, queue, job }: Do<'enqueue'>, n: number) {
     const { jobs } = await player.bus(bus)
-    player.start(`${n} enqueue`, jobs.enqueue(QUEUES[queue] as string, jobOf(player, job, `j${n}`)), jobId)
+    player.start(`${n} enqueue`, jobs.enqueue(QUEUES[queue] as string, jobOf(player, job, `j${n}`)), (id) => enqueued(player, id))
   },
 
   async enqueueMany(player: Player, { bus, queue, jobs: specs }: Do<'enqueueMany'>, n: number) {
     const { jobs } = await player.bus(bus)
-    const enqueued = jobs.enqueueMany(
+    const many = jobs.enqueueMany(
       QUEUES[queue] as string,
       specs.map((spec, index) => jobOf(player, spec, `j${n}.${index}`)),
     )
-    player.start(`${n} enqueueMany`, enqueued, (ids) => ids.map(jobId))
+    player.start(`${n} enqueueMany`, many, (ids) => ids.map((id) => enqueued(player, id)))
   },
 
   async claim(player: Player, { bus: which, queue: name, ttlMs, limit, waitMs }: Do<'claim'>, n: number) {
@@ -90,6 +90,11 @@ function jobOf(player: Player, { headers, inMs, dedupKey, ...rest }: JobSpec, pa
   }
 }
 
+function enqueued(player: Player, id: string): Ref {
+  if (!player.jobIds.includes(id)) player.jobIds.push(id)
+  return jobId(id)
+}
+
 /** @param now it was claimed in this step, not somewhen in the time that passed in it */
 function claimSeen(player: Player, bus: AnyBus, job: ClaimedJob, now: boolean): Seen {
   player.claims.push({ bus, of: job.queue, job, settled: false })
@@ -109,6 +114,6 @@ export function leftSeen(player: Player, expiresAt: Date): number {
   return Math.ceil((expiresAt.getTime() - player.world.now()) / GRAIN_MS) * GRAIN_MS
 }
 
-function jobId(id: string): Ref {
+export function jobId(id: string): Ref {
   return new Ref('job', id, false)
 }

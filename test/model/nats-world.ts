@@ -1,45 +1,14 @@
-/** The world of NATS. Nobody moves the time of its server: it is played with what takes none. */
+/** The world of NATS. */
 
 import { randomBytes } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { jetstreamManager } from '@nats-io/jetstream'
 import { connect, type NatsConnection } from '@nats-io/transport-node'
 import { NatsBus } from '../../src/nats/index.ts'
-import type { JobSpec, Step } from './steps.ts'
 import { type AnyBus, PATIENCE_MS, type Stage, type World } from './worlds.ts'
 
 /** Nothing tells what is under way at the server. What should come is waited for; so long what should not come has time to. */
 const QUIET_MS = 30
-
-/**
- * What is left out of a trace, because it takes time or because docs/backends.md says that it is another thing on NATS.
- * `undefined`: the whole step.
- */
-export function playable(step: Step): Step | undefined {
-  switch (step.do) {
-    case 'advance':
-      return undefined
-    case 'settleJob':
-      return step.how === 'nakLater' ? { ...step, how: 'nak' } : step
-    case 'request':
-      return { ...step, end: 'close' }
-    case 'enqueue':
-      return { ...step, job: inOrder(step.job) }
-    case 'enqueueMany':
-      return { ...step, jobs: step.jobs.map(inOrder) }
-    case 'subscribe': {
-      const { maxAckPending: _, ...rest } = step
-      return rest
-    }
-    default:
-      return step
-  }
-}
-
-/** Jobs of a queue of NATS come in the order in which they were enqueued: no priorities, and nothing is due before it was enqueued (J8). */
-function inOrder({ priority: _, inMs, ...rest }: JobSpec): JobSpec {
-  return inMs === undefined || inMs < 0 ? rest : { ...rest, inMs }
-}
 
 export class NatsStage implements Stage {
   readonly #servers: string

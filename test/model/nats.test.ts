@@ -1,6 +1,5 @@
 /**
- * The same random traces in memory and on NATS are seen to do the same, but for what docs/backends.md says. With equivalence.test.ts, which
- * holds memory to Postgres, so are those on Postgres and on NATS.
+ * The same random traces in memory and on NATS are seen to do the same, but for what docs/backends.md says.
  *
  *   KLIEO_TEST_SEED=7 npx vitest run test/model/nats.test.ts     other traces
  *   KLIEO_MODEL_RUNS=500 …                                       more of them, of each area
@@ -9,15 +8,16 @@
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, test } from 'vitest'
 import { natsServer, whyNoNats } from '../support/nats-server.ts'
-import { NatsStage, playable } from './nats-world.ts'
+import { NatsStage } from './nats-world.ts'
 import { run } from './run.ts'
 import { type Area, traces } from './steps.ts'
+import { WITH_NATS } from './terms.ts'
 
 const missing = whyNoNats()
 const SEED = Number(process.env.KLIEO_TEST_SEED ?? 20_261)
 const RUNS = process.env.KLIEO_MODEL_RUNS === undefined ? undefined : Number(process.env.KLIEO_MODEL_RUNS)
 /** A trace takes two seconds or so. */
-const NORMAL_RUNS: Readonly<Record<Area, number>> = { pubsub: 8, jobs: 8, kv: 8, requests: 4, everything: 8 }
+const NORMAL_RUNS: Readonly<Record<Area, number>> = { pubsub: 8, jobs: 8, kv: 8, requests: 4, admin: 8, everything: 8 }
 const STEPS = 40
 
 describe.skipIf(missing !== undefined)(`the same traces in memory and on NATS${missing === undefined ? '' : ` (${missing})`}`, () => {
@@ -38,13 +38,7 @@ describe.skipIf(missing !== undefined)(`the same traces in memory and on NATS${m
     test(`P1 to J8: ${area}, seed ${SEED}`, { timeout: (RUNS ?? runs) * 20_000 + 60_000 }, async () => {
       let slow = 0
       const property = fc.asyncProperty(traces(area, STEPS), async (trace) => {
-        if (
-          (await run(
-            stage,
-            trace.flatMap((step) => playable(step) ?? []),
-          )) === 'too slow'
-        )
-          slow++
+        if ((await run(stage, trace, { terms: WITH_NATS })) === 'too slow') slow++
       })
       await fc.assert(property, {
         seed: SEED,

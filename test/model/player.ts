@@ -16,6 +16,7 @@ import {
 } from '../../src/index.ts'
 import { Ref, type Seen } from './compare.ts'
 import { EVEN_DONE, type Step } from './steps.ts'
+import { ALIKE, type Terms } from './terms.ts'
 import { type AnyBus, TooSlow, type World } from './worlds.ts'
 
 /** The longest wait that steps.ts draws. */
@@ -73,6 +74,7 @@ export type Perform = (player: Player, step: never, n: number, hint: Seen | unde
 
 export class Player {
   readonly world: World
+  readonly terms: Terms
   readonly streams: HeldStream[] = []
   readonly deliveries: HeldDelivery[] = []
   readonly claims: HeldClaim[] = []
@@ -80,6 +82,11 @@ export class Player {
   readonly watches: OpenWatch[] = []
   readonly responders: { readonly responder: Responder; open: boolean }[] = []
   readonly seqs: number[] = []
+  readonly jobIds: string[] = []
+  /** Messages were. */
+  purged = false
+  /** A durable was to begin at a time that is still to come. */
+  ahead = false
   readonly revisions = new Map<string, number[]>()
   /** How many handlers have begun that end only when they are told to. */
   handling = 0
@@ -93,8 +100,13 @@ export class Player {
   readonly #wrap: (bus: AnyBus) => AnyBus
 
   /** @param wrap what stands between the trace and a bus */
-  constructor(world: World, actions: Readonly<Record<Step['do'], Perform>>, wrap: (bus: AnyBus) => AnyBus = (bus) => bus) {
+  constructor(
+    world: World,
+    actions: Readonly<Record<Step['do'], Perform>>,
+    { terms = ALIKE, wrap = (bus) => bus }: { readonly terms?: Terms; readonly wrap?: (bus: AnyBus) => AnyBus } = {},
+  ) {
     this.world = world
+    this.terms = terms
     this.#actions = actions
     this.#wrap = wrap
   }

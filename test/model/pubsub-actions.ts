@@ -174,8 +174,9 @@ function options(headers: number, msgId: number | undefined): PublishOptions<nev
   return { ...(given === undefined ? {} : { headers: given }), ...(msgId === undefined ? {} : { msgId: IDS[msgId] as string }) }
 }
 
-function startOf(player: Player, start: Start): NonNullable<SubscribeOptions['start']> {
+export function startOf(player: Player, start: Start): NonNullable<SubscribeOptions['start']> {
   if (typeof start === 'string') return start
+  if ('agoMs' in start) player.ahead ||= start.agoMs < 0
   if ('agoMs' in start) return { time: new Date(player.world.now() - start.agoMs) }
   return { seq: player.pick(player.seqs, start.seq) ?? 0 }
 }

@@ -1,5 +1,9 @@
-/** Plays a trace in both worlds, step by step, until they differ. */
+/**
+ * Plays a trace in memory and in other worlds, step by step, until two of them differ. What has come in memory is what the others are
+ * given time for.
+ */
 
+import { adminActions } from './admin-actions.ts'
 import { Comparison, type Seen } from './compare.ts'
 import { jobsActions } from './jobs-actions.ts'
 import { kvActions } from './kv-actions.ts'
@@ -8,6 +12,7 @@ import { type Look, Player } from './player.ts'
 import { pubsubActions } from './pubsub-actions.ts'
 import { requestActions } from './request-actions.ts'
 import type { Step } from './steps.ts'
+import { ALIKE, type Terms } from './terms.ts'
 import { type AnyBus, GRAIN_MS, MemoryWorld, type Stage, TooSlow, TRACE_MS } from './worlds.ts'
 
 /** A watch whose process stands still for nine minutes is cut off: time that jumps so far would look like that. */
@@ -25,6 +30,7 @@ export const actions = {
   ...jobsActions,
   ...kvActions,
   ...requestActions,
+  ...adminActions,
   misuse,
   async advance(player: Player, { ms }: { readonly ms: number }) {
     const sum = (passed.get(player) ?? 0) + ms
@@ -40,6 +46,8 @@ export const actions = {
 }
 
 export interface RunOptions {
+  /** What is known to differ. @default nothing */
+  readonly terms?: Terms
   /** What stands between the trace and the buses in memory: tests put faults there. */
   readonly wrap?: (bus: AnyBus) => AnyBus
   /** So long what came in memory is waited for in the other. @default PATIENCE_MS, and what did not come is given a second chance */
@@ -56,44 +64,70 @@ export class Difference extends Error {
   }
 }
 
-/** @throws {@link Difference} */
-export async function run(stage: Stage, trace: readonly Step[], options: RunOptions = {}): Promise<'done' | 'too slow'> {
+/**
+ * @param stages where it is played beside memory
+ * @throws {@link Difference}
+ */
+export async function run(
+  stages: Stage | readonly Stage[],
+  trace: readonly Step[],
+  options: RunOptions = {},
+): Promise<'done' | 'too slow'> {
+  const all = 'world' in stages ? [stages] : stages
   try {
-    return await play(stage, trace, options)
+    return await play(all, trace, options)
   } catch (error) {
     if (!(error instanceof Difference && error.awaited) || options.patienceMs !== undefined) throw error
     // A machine that is busy for once is not busy twice at the same place.
-    await play(stage, trace, options)
+    await play(all, trace, options)
     return 'too slow'
   }
 }
 
-async function play(stage: Stage, trace: readonly Step[], { wrap, patienceMs }: RunOptions): Promise<'done' | 'too slow'> {
-  const memory = new Player(new MemoryWorld(), actions, wrap)
-  const world = await stage.world(patienceMs)
-  const other = new Player(world, actions)
-  const comparison = new Comparison()
+async function play(
+  stages: readonly Stage[],
+  whole: readonly Step[],
+  { terms = ALIKE, wrap, patienceMs }: RunOptions,
+): Promise<'done' | 'too slow'> {
+  const memory = new Player(new MemoryWorld(), actions, { terms, ...(wrap === undefined ? {} : { wrap }) })
+  const worlds = await Promise.all(stages.map((stage) => stage.world(patienceMs)))
+  const others = worlds.map((world) => new Player(world, actions, { terms }))
+  const pairs = pairsOf([memory, ...others])
   const history: string[] = []
   const startedAt = performance.now()
   try {
-    for (const [n, step] of trace.entries()) {
+    for (const [n, step] of whole.flatMap((one) => terms.playable(one) ?? []).entries()) {
       if (performance.now() - startedAt > TRACE_MS) return 'too slow'
-      const there = await memory.play(step, n)
-      history.push(`${n} ${JSON.stringify(step)}\n    memory:   ${shown(there)}`)
-      const here = await other.play(step, n, there)
-      history.push(`    ${world.name}: ${shown(here)}`)
-      const difference = comparison.difference(there as unknown as Seen, here as unknown as Seen)
-      if (difference === undefined) continue
-      if (performance.now() - startedAt > WHOLE_MS) return 'too slow'
-      throw new Difference(`memory and ${world.name} differ at step ${n}${difference}\n${history.join('\n')}`, world.gaveUp)
+      history.push(`${n} ${JSON.stringify(step)}`)
+      const looks = new Map<Player, Look>()
+      const look = (player: Player, seen: Look) => {
+        looks.set(player, seen)
+        history.push(`    ${`${player.world.name}:`.padEnd(9)} ${shown(seen)}`)
+      }
+      look(memory, await memory.play(step, n))
+      for (const other of others) look(other, await other.play(step, n, looks.get(memory)))
+      for (const { a, b, comparison } of pairs) {
+        const difference = comparison.difference(looks.get(a) as unknown as Seen, looks.get(b) as unknown as Seen)
+        if (difference === undefined) continue
+        if (performance.now() - startedAt > WHOLE_MS) return 'too slow'
+        const message = `${a.world.name} and ${b.world.name} differ at step ${n}${difference}\n${history.join('\n')}`
+        throw new Difference(
+          message,
+          worlds.some(({ gaveUp }) => gaveUp),
+        )
+      }
     }
     return 'done'
   } catch (error) {
     if (error instanceof TooSlow) return 'too slow'
     throw error
   } finally {
-    await Promise.all([memory.end(), other.end()])
+    await Promise.all([memory, ...others].map((player) => player.end()))
   }
+}
+
+function pairsOf(players: readonly Player[]) {
+  return players.flatMap((a, index) => players.slice(index + 1).map((b) => ({ a, b, comparison: new Comparison() })))
 }
 
 function shown({ step, ended, changes, over, signals }: Look): string {

@@ -11,6 +11,11 @@ export interface DatedColumn {
 /** Kinds of columns that tell a time and that {@link ServerTime} cannot shift: a schema that gets one must teach it. */
 const STRANGE = ['timestamp', 'date', 'time', 'timetz', 'tstzrange', 'tsrange', 'daterange', 'tstzmultirange']
 
+/** A durable is told from one that was made anew by when it was made: that is its name, and not moved. */
+function isName(table: string, column: string): boolean {
+  return table.startsWith('migrations') || (table === 'consumer_offsets' && column === 'created_at')
+}
+
 export class ServerTime {
   readonly columns: readonly DatedColumn[]
   readonly tables: readonly string[]
@@ -37,7 +42,7 @@ export class ServerTime {
     )
     const strange = rows.find(({ type }) => STRANGE.includes(type))
     if (strange) throw new Error(`the time of ${strange.table}.${strange.column} (${strange.type}) cannot be shifted`)
-    const dated = rows.filter(({ type, table }) => type === 'timestamptz' && !table.startsWith('migrations'))
+    const dated = rows.filter(({ type, table, column }) => type === 'timestamptz' && !isName(table, column))
     const tables = [...new Set(rows.map(({ table }) => table))].filter((table) => table !== 'meta' && !table.startsWith('migrations'))
     return new ServerTime(pool, schema, dated as unknown as DatedColumn[], tables)
   }

@@ -15,6 +15,8 @@ export const ANSWERED = ['r.*', 'r.a', 'u', 'r.>'] as const
 export const HEADERS: readonly (Readonly<Record<string, string>> | undefined)[] = [undefined, { a: 'b' }, { 'x-y': 'ü 漢', e: '' }]
 export const IDS = ['i0', 'i1', ' odd \n id'] as const
 
+export const REASONS = ['not wanted', 'ü\nodd', 'r'.repeat(2_000)] as const
+
 export type Start = 'all' | 'new' | { readonly seq: number } | { readonly agoMs: number }
 
 export interface JobSpec {
@@ -101,11 +103,28 @@ export type Step =
       /** What ends one that hangs. */
       readonly end: 'time' | 'close'
     }
+  | {
+      readonly do: 'jobAdmin'
+      readonly bus: number
+      readonly job: number
+      readonly how: 'look' | 'retry' | 'cancel' | 'remove'
+      readonly reason?: number
+    }
+  | {
+      readonly do: 'queueAdmin'
+      readonly bus: number
+      readonly queue: number
+      readonly how: 'list' | 'retryDead' | 'purge' | 'pause' | 'resume'
+      readonly states?: readonly ('ready' | 'scheduled' | 'dead')[]
+    }
+  | { readonly do: 'seek'; readonly bus: number; readonly durable: number; readonly start: Start }
+  | { readonly do: 'purgeMessages'; readonly bus: number; readonly filter: number; readonly agoMs?: number }
+  | { readonly do: 'overview'; readonly bus: number }
   | { readonly do: 'misuse'; readonly bus: number; readonly call: number; readonly values: readonly number[] }
   | { readonly do: 'advance'; readonly ms: number }
   | { readonly do: 'closeBus'; readonly bus: number }
 
-export type Area = 'pubsub' | 'jobs' | 'kv' | 'requests' | 'everything'
+export type Area = 'pubsub' | 'jobs' | 'kv' | 'requests' | 'admin' | 'everything'
 
 type Weighted = { readonly weight: number; readonly arbitrary: fc.Arbitrary<Step> }
 
@@ -289,6 +308,41 @@ const REQUESTS: Weighted[] = [
   },
 ]
 
+const ADMIN: Weighted[] = [
+  {
+    weight: 16,
+    arbitrary: step(
+      {
+        do: named('jobAdmin'),
+        bus,
+        job: back,
+        how: fc.constantFrom('look', 'look', 'retry', 'retry', 'cancel', 'cancel', 'remove'),
+        reason: of(REASONS),
+      },
+      ['reason'],
+    ),
+  },
+  {
+    weight: 16,
+    arbitrary: step(
+      {
+        do: named('queueAdmin'),
+        bus,
+        queue: fc.constantFrom(0, 0, 0, 1),
+        how: fc.constantFrom('list', 'list', 'list', 'retryDead', 'retryDead', 'purge', 'pause', 'resume', 'resume'),
+        states: fc.subarray(['ready', 'scheduled', 'dead']),
+      },
+      ['states'],
+    ),
+  },
+  { weight: 6, arbitrary: step({ do: named('seek'), bus, durable: fc.constantFrom(0, 0, 1), start }) },
+  {
+    weight: 4,
+    arbitrary: step({ do: named('purgeMessages'), bus, filter: of(FILTERS), agoMs: fc.constantFrom(-15_000, 15_000, 45_000) }, ['agoMs']),
+  },
+  { weight: 8, arbitrary: step({ do: named('overview'), bus }) },
+]
+
 const MISUSE: Weighted = {
   weight: 4,
   arbitrary: step({
@@ -304,7 +358,8 @@ const STEPS: Readonly<Record<Area, readonly Weighted[]>> = {
   jobs: [...JOBS, TIME, CLOSE_BUS, MISUSE],
   kv: [...KV, TIME, CLOSE_BUS, MISUSE],
   requests: [...REQUESTS, { ...TIME, weight: 2 }, CLOSE_BUS, MISUSE],
-  everything: [...PUBSUB, ...JOBS, ...KV, ...REQUESTS, TIME, CLOSE_BUS, MISUSE],
+  admin: [...ADMIN, ...ADMIN, ...PUBSUB, ...JOBS, TIME, CLOSE_BUS],
+  everything: [...PUBSUB, ...JOBS, ...KV, ...REQUESTS, ...ADMIN, TIME, CLOSE_BUS, MISUSE],
 }
 
 /** What most traces need something of before anything can happen. */
@@ -313,6 +368,7 @@ const OPENINGS: Readonly<Record<Area, readonly Step['do'][]>> = {
   jobs: ['enqueueMany'],
   kv: ['watch', 'lease'],
   requests: ['respond'],
+  admin: ['subscribe', 'enqueueMany'],
   everything: ['subscribe', 'enqueueMany', 'watch', 'respond'],
 }
 

@@ -61,8 +61,9 @@ export class MemoryWorld implements World {
     return this.#clock.date().getTime()
   }
 
+  /** An alarm rings a millisecond after what is over at once. */
   async maintain(): Promise<void> {
-    await this.#clock.advance(0)
+    await this.#clock.advance(1)
   }
 
   async advance(ms: number): Promise<void> {
