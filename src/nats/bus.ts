@@ -18,7 +18,7 @@ import {
 import { Bell } from '../runtime/bell.ts'
 import { systemClock } from '../runtime/clock.ts'
 import { NatsAdmin } from './admin.ts'
-import { type Context, Names } from './context.ts'
+import { ANSWER_WITHIN_MS, type Context, Names } from './context.ts'
 import { Durables } from './durables.ts'
 import { Entries } from './entries.ts'
 import { isNotThere, mapped } from './errors.ts'
@@ -56,6 +56,9 @@ export interface NatsBusOptions {
 }
 
 const WEEK_MS = 7 * 24 * 60 * 60 * 1_000
+const QUICK_MS = 1_000
+/** A connection on which two of these were not answered is given up. */
+const PING_MS = 10_000
 /** How long a closing bus waits for answers. */
 const CLOSE_GRACE_MS = 300
 /** Revisions of a key that the server keeps: so far a watch may fall behind (K6). The most that NATS allows. */
@@ -122,6 +125,10 @@ export class NatsBus implements Bus<never> {
         name: 'klieo-bus',
         maxReconnectAttempts: -1,
         reconnectTimeWait: 250,
+        // One that stands still takes connections and says nothing: there may be others.
+        timeout: ANSWER_WITHIN_MS,
+        pingInterval: PING_MS,
+        maxPingOut: 2,
         // A server that refuses the user once it is back, or for a while, is asked again, too.
         ignoreAuthErrorAbort: true,
         ...(servers === undefined ? {} : { servers: typeof servers === 'string' ? servers : [...servers] }),
@@ -162,6 +169,7 @@ export class NatsBus implements Bus<never> {
     }
     const js = jetstream(nc)
     const jsm = await mapped(() => jetstreamManager(nc))
+    const quick = await jetstreamManager(nc, { checkAPI: false, timeout: QUICK_MS })
     const names = new Names(prefix)
     await ensureStream(jsm, {
       name: names.messages,
@@ -181,12 +189,15 @@ export class NatsBus implements Bus<never> {
       storage: StorageType.File,
       num_replicas: replicas,
     })
-    await Entries.make({ js }, names.kv, KV_HISTORY, replicas)
+    const isReplicated = await Entries.make({ js }, names.kv, KV_HISTORY, replicas)
     for (const bucket of [names.leases, names.durables, names.jobs]) await Entries.make({ js }, bucket, 1, replicas)
-    return new NatsBus(nc, { js, jsm, names, maxPayloadBytes, jobAckWaitMs }).#start()
+    return new NatsBus(nc, { js, jsm, quick, names, maxPayloadBytes, jobAckWaitMs, isReplicated }).#start()
   }
 
-  private constructor(nc: NatsConnection, parts: Pick<Context, 'js' | 'jsm' | 'names' | 'maxPayloadBytes' | 'jobAckWaitMs'>) {
+  private constructor(
+    nc: NatsConnection,
+    parts: Pick<Context, 'js' | 'jsm' | 'quick' | 'names' | 'maxPayloadBytes' | 'jobAckWaitMs' | 'isReplicated'>,
+  ) {
     this.#nc = nc
     void (async () => {
       for await (const status of nc.status()) if (status.type === 'reconnect') this.#forgetPulls()

@@ -10,12 +10,16 @@ export interface Context {
   readonly nc: NatsConnection
   readonly js: JetStreamClient
   readonly jsm: JetStreamManager
+  /** Waits a second for an answer. */
+  readonly quick: JetStreamManager
   readonly names: Names
   readonly clock: Clock
   readonly serverClock: ServerClock
   readonly bell: Bell
   readonly maxPayloadBytes: number
   readonly jobAckWaitMs: number
+  /** Whether its keys are kept by several servers. */
+  readonly isReplicated: boolean
   isClosed(): boolean
   /** @throws closed */
   checkOpen(): void

@@ -1,6 +1,11 @@
 /**
  * A KV bucket of NATS, as far as the bus needs it: reads by the leader, writes by compare-and-set, lists and watches. A tombstone
  * has a sequence of its own, which callers never see: an update that expected it would succeed.
+ *
+ * A replicated stream compares when a write is proposed, and no more when it is stored: of several that expect the same revision and come while
+ * the first is on its way to the followers all would succeed (nats-server #4320). What it does look at when it stores is the id of a message.
+ * So each write that expects a revision has an id made of the key and that revision, and the second one is a duplicate. One that expects none
+ * could come in between: where a bucket is replicated and others compare, it must expect one, too.
  */
 
 import { AckPolicy, DeliverPolicy } from '@nats-io/jetstream'
@@ -9,8 +14,9 @@ import { type MsgHdrs, headers as newHeaders } from '@nats-io/transport-node'
 import { BusError } from '../core/index.ts'
 import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
-import { isNotThere, isWrongSequence, mapped } from './errors.ts'
+import { isDuplicateUnderWay, isNotThere, isWrongSequence, mapped } from './errors.ts'
 import { pull } from './pull.ts'
+import { ownId } from './wire.ts'
 
 export interface StoredEntry {
   /** As in the bucket. */
@@ -52,9 +58,13 @@ export class Entries {
     this.stream = `KV_${bucket}`
   }
 
-  /** @param history revisions kept per key */
-  static async make(context: Pick<Context, 'js'>, bucket: string, history: number, replicas: number): Promise<void> {
-    await mapped(() => new Kvm(context.js).create(bucket, { history, replicas }))
+  /**
+   * @param history revisions kept per key
+   * @returns whether several servers keep it
+   */
+  static async make(context: Pick<Context, 'js'>, bucket: string, history: number, replicas: number): Promise<boolean> {
+    const status = await mapped(async () => (await new Kvm(context.js).create(bucket, { history, replicas })).status())
+    return status.replicas > 1
   }
 
   subject(key: string): string {
@@ -79,6 +89,15 @@ export class Entries {
   ): Promise<number | null> {
     if (ttlMs !== undefined) headers.set(TTL, String(ttlMs))
     return this.#publish(key, value, expected, headers)
+  }
+
+  /** Whatever is there. Compares all the same where a write without an expectation could come between others that compare. */
+  async put(key: string, value: Uint8Array, ttlMs?: number): Promise<number> {
+    for (;;) {
+      const expected = this.#context.isReplicated ? ((await this.read(key))?.revision ?? 0) : undefined
+      const revision = await this.write(key, value, expected, ttlMs)
+      if (revision !== null) return revision
+    }
   }
 
   /** Leaves a tombstone. @returns whether it was at that revision */
@@ -152,11 +171,13 @@ export class Entries {
 
   async #publish(key: string, value: Uint8Array, expected: number | undefined, headers: MsgHdrs): Promise<number | null> {
     if (expected !== undefined) headers.set(EXPECTED, String(expected))
+    const id = expected === undefined ? {} : { msgID: ownId('cas', key, expected) }
     return this.#context.ask(async () => {
       try {
-        return (await this.#context.js.publish(this.subject(key), value, { headers })).seq
+        const { seq, duplicate } = await this.#context.js.publish(this.subject(key), value, { headers, ...id })
+        return duplicate ? null : seq
       } catch (error) {
-        if (isWrongSequence(error)) return null
+        if (isWrongSequence(error) || isDuplicateUnderWay(error)) return null
         throw error
       }
     })

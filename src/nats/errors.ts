@@ -29,6 +29,8 @@ const BY_NAME: Readonly<Record<string, Verdict>> = {
 
 /** JetStream's own codes, as in its errors.json. */
 const WRONG_LAST_SEQUENCE = [10_071, 10_164]
+/** Of a newer server, to the second of two messages of one id while the first is being stored. */
+const DUPLICATE_UNDER_WAY = 10_158
 const STREAM_NOT_FOUND = 10_059
 const CONSUMER_NOT_FOUND = 10_014
 const NO_MESSAGE = 10_037
@@ -66,6 +68,10 @@ function isApi(error: unknown, ...codes: number[]): boolean {
 
 export function isWrongSequence(error: unknown): boolean {
   return isApi(error, ...WRONG_LAST_SEQUENCE)
+}
+
+export function isDuplicateUnderWay(error: unknown): boolean {
+  return isApi(error, DUPLICATE_UNDER_WAY)
 }
 
 export function isNotThere(error: unknown): boolean {

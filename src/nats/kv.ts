@@ -56,7 +56,7 @@ export class NatsKv implements KvStore {
 
   async put(bucket: string, key: string, value: Payload, options: KvPutOptions = {}): Promise<Revision> {
     const { bytes, ttlMs } = this.#checkWrite(bucket, key, value, options)
-    return (await this.#entries.write(place(bucket, key), bytes, undefined, ttlMs)) as Revision
+    return this.#entries.put(place(bucket, key), bytes, ttlMs)
   }
 
   async cas(bucket: string, key: string, value: Payload, expected: Revision | null, options: KvPutOptions = {}): Promise<Revision> {

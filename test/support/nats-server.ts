@@ -84,7 +84,7 @@ export async function natsServer(): Promise<Pick<NatsServer, 'url' | 'remove'>> 
   return url ? { url, remove: async () => {} } : ownNatsServer()
 }
 
-async function freePort(): Promise<number> {
+export async function freePort(): Promise<number> {
   const server = createServer()
   await new Promise<void>((resolve) => void server.listen(0, '127.0.0.1', resolve))
   const address = server.address()
