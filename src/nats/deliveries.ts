@@ -9,12 +9,15 @@
  */
 
 import type { Msg } from '@nats-io/transport-node'
-import type { Headers } from '../core/index.ts'
+import { BusError, type Headers } from '../core/index.ts'
+import { consumerInfo } from './consumers.ts'
 import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { isNoResponders } from './errors.ts'
 
 /** `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<timestamp>.<pending>`, since 2.9 with two tokens more in front. */
 export function infoOf(msg: Msg): {
+  readonly stream: string
+  readonly consumer: string
   readonly deliveries: number
   readonly seq: number
   readonly consumerSeq: number
@@ -24,8 +27,20 @@ export function infoOf(msg: Msg): {
   const tokens = (msg.reply ?? '').split('.')
   const from = tokens.length >= 11 ? 6 : 4
   const at = (n: number) => Number(tokens[from + n])
-  return { deliveries: at(0), seq: at(1), consumerSeq: at(2), time: Number(tokens[from + 3]?.slice(0, -6)), pending: at(4) }
+  const [stream = '', consumer = ''] = tokens.slice(from - 2, from)
+  return {
+    stream,
+    consumer,
+    deliveries: at(0),
+    seq: at(1),
+    consumerSeq: at(2),
+    time: Number(tokens[from + 3]?.slice(0, -6)),
+    pending: at(4),
+  }
 }
+
+/** So long it waits before a settlement that nobody heard is sent again. */
+const UNHEARD_MS = [50, 200, 500]
 
 export interface HeldDelivery {
   readonly subject: string
@@ -57,10 +72,10 @@ export class Hold {
     return this.#over || this.#context.clock.now() >= this.#deadline
   }
 
-  /** @returns false when it is not ours any more, or the consumer is gone */
+  /** @returns false when it is not ours any more, or the consumer is gone @throws unavailable while nobody leads it */
   async settle(verb: string): Promise<boolean> {
     if (this.isOver) return false
-    const done = await this.#send(verb)
+    const done = (await this.#send(verb)) || (await this.#sendAgain(verb))
     this.end()
     return done
   }
@@ -73,7 +88,7 @@ export class Hold {
 
   async extend(ackWaitMs: number): Promise<boolean> {
     if (this.isOver) return false
-    if (!(await this.#send('+WPI'))) return false
+    if (!(await this.#send('+WPI')) && !(await this.#sendAgain('+WPI'))) return false
     this.#watch(ackWaitMs)
     return true
   }
@@ -90,10 +105,28 @@ export class Hold {
     this.#watch(ms)
   }
 
+  /** Without waiting for an answer. */
+  handBack(): void {
+    this.end()
+    this.#say('-NAK')
+  }
+
   /** Nothing more is told to the server. */
   end(): void {
     this.#over = true
     this.#cancel?.()
+  }
+
+  /** Nobody heard it: the consumer is gone, or somebody else is just about to lead it. */
+  async #sendAgain(verb: string): Promise<boolean> {
+    const { stream, consumer } = infoOf(this.msg)
+    for (const pauseMs of UNHEARD_MS) {
+      if (!(await consumerInfo(this.#context, stream, consumer))) return false
+      await new Promise<void>((resolve) => this.#context.clock.setTimer(resolve, pauseMs))
+      if (this.isOver) return false
+      if (await this.#send(verb)) return true
+    }
+    throw new BusError('unavailable', `JetStream: nobody takes settlements of consumer "${consumer}" at the moment`)
   }
 
   async #send(verb: string): Promise<boolean> {
@@ -121,17 +154,11 @@ export class Hold {
     // The server's own timer does it.
     if (Math.abs(this.#deadline - toldAt - this.#serverWaitMs) < 1) return
     if (left <= this.#serverWaitMs && this.#deadline < toldAt + this.#serverWaitMs) {
-      this.#cancel = clock.setTimer(() => this.#handBack(), left, true)
+      this.#cancel = clock.setTimer(() => this.handBack(), left, true)
       return
     }
     const next = Math.min(this.#serverWaitMs / 3, Math.max(1, left - this.#serverWaitMs))
     this.#cancel = clock.setTimer(() => this.#tell('+WPI'), next, true)
-  }
-
-  #handBack(): void {
-    if (this.#over) return
-    this.end()
-    this.#say('-NAK')
   }
 
   #tell(verb: string): void {

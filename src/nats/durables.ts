@@ -12,6 +12,7 @@
 
 import { AckPolicy, type ConsumerInfo, DeliverPolicy } from '@nats-io/jetstream'
 import { BusError, type CheckedSubscription, noSuchDurable } from '../core/index.ts'
+import { consumerInfo, makeConsumer } from './consumers.ts'
 import type { Context } from './context.ts'
 import { absent, type Entries } from './entries.ts'
 import { isNotThere } from './errors.ts'
@@ -78,22 +79,20 @@ export class Durables {
 
   /** Makes its consumer if there is none. @returns false when the durable was moved or deleted meanwhile, and it has none again */
   async ensure(durable: Durable): Promise<boolean> {
-    const { jsm, names } = this.#context
+    const { names } = this.#context
     if (await this.info(durable)) return true
-    await this.#context.ask(() =>
-      jsm.consumers.add(names.messages, {
-        durable_name: durable.consumer,
-        description: `durable ${durable.durable} of klieo-bus`,
-        ack_policy: AckPolicy.Explicit,
-        filter_subject: names.message(durable.filter),
-        ack_wait: durable.ackWaitMs * 1e6,
-        // Dead letters are the bus's own work (P6): JetStream would leave the message in limbo.
-        max_deliver: -1,
-        max_ack_pending: durable.maxAckPending,
-        max_waiting: 8_192,
-        ...startConfig(durable.start),
-      }),
-    )
+    await makeConsumer(this.#context, names.messages, {
+      durable_name: durable.consumer,
+      description: `durable ${durable.durable} of klieo-bus`,
+      ack_policy: AckPolicy.Explicit,
+      filter_subject: names.message(durable.filter),
+      ack_wait: durable.ackWaitMs * 1e6,
+      // Dead letters are the bus's own work (P6): JetStream would leave the message in limbo.
+      max_deliver: -1,
+      max_ack_pending: durable.maxAckPending,
+      max_waiting: 8_192,
+      ...startConfig(durable.start),
+    })
     if ((await this.find(durable.durable))?.consumer === durable.consumer) return true
     await this.deleteConsumer(durable.consumer)
     return false
@@ -132,16 +131,8 @@ export class Durables {
     return durables.filter(({ ending }) => !ending)
   }
 
-  async info(durable: Durable): Promise<ConsumerInfo | null> {
-    const { jsm, names } = this.#context
-    return this.#context.ask(async () => {
-      try {
-        return await jsm.consumers.info(names.messages, durable.consumer)
-      } catch (error) {
-        if (isNotThere(error)) return null
-        throw error
-      }
-    })
+  info(durable: Durable): Promise<ConsumerInfo | null> {
+    return consumerInfo(this.#context, this.#context.names.messages, durable.consumer)
   }
 
   /** One that is marked as ending. @returns false when somebody else has done it */

@@ -24,9 +24,9 @@ import {
   type TxOption,
 } from '../core/index.ts'
 import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../runtime/claimed-job.ts'
+import { consumerInfo, makeConsumer } from './consumers.ts'
 import { type Context, checkTx, PullEar } from './context.ts'
 import { Hold, nakVerb } from './deliveries.ts'
-import { isNotThere } from './errors.ts'
 import { type JobRecord, type JobRecords, type JobState, LEASE_RAN_OUT, MAX_ATTEMPTS_EXCEEDED, type NewJob } from './job-records.ts'
 import { pull } from './pull.ts'
 import { tokenOf } from './wire.ts'
@@ -181,29 +181,27 @@ export class NatsJobs implements JobQueue {
   #consumer(queue: string): Promise<string> {
     const known = this.#consumers.get(queue)
     if (known) return known
-    const made = this.#context.ask(async () => {
-      const { jsm, names, jobAckWaitMs } = this.#context
-      const name = `queue-${tokenOf(queue)}`
-      try {
-        return (await jsm.consumers.info(names.work, name)).name
-      } catch (error) {
-        if (!isNotThere(error)) throw error
-      }
-      const info = await jsm.consumers.add(names.work, {
-        durable_name: name,
-        description: `queue ${queue} of klieo-bus`,
-        ack_policy: AckPolicy.Explicit,
-        filter_subject: names.ticket(tokenOf(queue)),
-        ack_wait: jobAckWaitMs * 1e6,
-        max_deliver: -1,
-        max_ack_pending: -1,
-        max_waiting: 8_192,
-      })
-      return info.name
-    })
+    const made = this.#makeConsumer(queue)
     made.catch(() => this.#consumers.delete(queue))
     this.#consumers.set(queue, made)
     return made
+  }
+
+  async #makeConsumer(queue: string): Promise<string> {
+    const { names, jobAckWaitMs } = this.#context
+    const name = `queue-${tokenOf(queue)}`
+    if (await consumerInfo(this.#context, names.work, name)) return name
+    await makeConsumer(this.#context, names.work, {
+      durable_name: name,
+      description: `queue ${queue} of klieo-bus`,
+      ack_policy: AckPolicy.Explicit,
+      filter_subject: names.ticket(tokenOf(queue)),
+      ack_wait: jobAckWaitMs * 1e6,
+      max_deliver: -1,
+      max_ack_pending: -1,
+      max_waiting: 8_192,
+    })
+    return name
   }
 
   async #untilResumed(queue: string, ear: PullEar, ms: number): Promise<void> {
@@ -370,8 +368,7 @@ export class NatsJobs implements JobQueue {
           ...(said === undefined ? {} : { error: said }),
         })
         if ((await this.#writeState(claim, ready)) === null) return false
-        if (delayMs === 0) await this.#queueUp(claim)
-        else await hold.settleAnyway(nakVerb(delayMs))
+        await this.#follow(hold, () => (delayMs === 0 ? this.#queueUp(claim) : hold.settleAnyway(nakVerb(delayMs))))
         return true
       }),
     deadLetter: (claim, reason) => this.#inTurn(claim, () => this.#bury(claim, reason, undefined)),
@@ -395,8 +392,7 @@ export class NatsJobs implements JobQueue {
         const attempts = claim.attempt - (counted ? 0 : 1)
         if ((await this.#writeState(claim, (state) => ({ ...bare(state), is: 'ready', attempts, dueAt }))) === null) return false
         // As if nobody had claimed it, it keeps its place.
-        if (counted) await this.#queueUp(claim)
-        else await claim.hold.settleAnyway('-NAK')
+        await this.#follow(claim.hold, () => (counted ? this.#queueUp(claim) : claim.hold.settleAnyway('-NAK')))
         return true
       })
     },
@@ -440,9 +436,20 @@ export class NatsJobs implements JobQueue {
     const revision = await this.#writeState(claim, (state) => this.#records.dying(state, reason, error))
     if (revision === null) return false
     const state = this.#records.dying(claim.record.state, reason, error)
-    await this.#records.finishBurying({ data: claim.record.data, state, revision })
-    await claim.hold.settleAnyway('+ACK')
+    await this.#follow(claim.hold, async () => {
+      await this.#records.finishBurying({ data: claim.record.data, state, revision })
+      await claim.hold.settleAnyway('+ACK')
+    })
     return true
+  }
+
+  /** The state is written, and that is what counts: what fails after it is done by whoever gets the ticket next. */
+  async #follow(hold: Hold, run: () => Promise<void>): Promise<void> {
+    try {
+      await run()
+    } catch {
+      hold.handBack()
+    }
   }
 
   /** Behind those that have waited longer (J8): what comes back goes before them in JetStream, and so a new ticket takes the place of the old one. */

@@ -18,6 +18,8 @@ const encoder = new TextEncoder()
 /** How far the servers' time as known to two processes may be apart. */
 const SKEW_MS = 10
 const LONGEST_WAIT_MS = 5_000
+/** After this it is looked at again, and then after twice as long each time. */
+const SHORTEST_WAIT_MS = 5
 
 export class Leases {
   readonly #context: Context
@@ -33,8 +35,13 @@ export class Leases {
   async acquire(place: string, what: string, ttlMs: number, waitMs: number, signal: AbortSignal | undefined): Promise<Lease | undefined> {
     const { clock, bell, nc, serverClock } = this.#context
     const ear = bell.listen({ kind: 'lease', name: place })
-    // Whoever writes there publishes, and so can be heard.
-    const subscription = waitMs > 0 ? nc.subscribe(this.#entries.subject(place), { callback: () => ear.ring() }) : undefined
+    // Whoever writes there publishes, and so can be heard: before it is stored, by a cluster.
+    let heardAt = clock.now()
+    const heard = () => {
+      heardAt = clock.now()
+      ear.ring()
+    }
+    const subscription = waitMs > 0 ? nc.subscribe(this.#entries.subject(place), { callback: heard }) : undefined
     let endsAt = 0
     try {
       return await longPoll({
@@ -50,7 +57,10 @@ export class Leases {
           if (last && !last.deleted && endsAt > now) return undefined
           return this.#grant(place, what, ttlMs, last?.revision ?? 0)
         },
-        pauseMs: async () => Math.max(1, Math.min(LONGEST_WAIT_MS, endsAt - serverClock.atLeast())),
+        pauseMs: async () => {
+          const soon = Math.max(SHORTEST_WAIT_MS, clock.now() - heardAt)
+          return Math.max(1, Math.min(LONGEST_WAIT_MS, soon, endsAt - serverClock.atLeast()))
+        },
       })
     } finally {
       subscription?.unsubscribe()

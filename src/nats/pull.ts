@@ -15,13 +15,21 @@ export interface Pulled {
   readonly messages: readonly Msg[]
   /**
    * `answered`: the server said that there is no more, or gave all that was asked for. `silent`: it said nothing, as it does when there is no such
-   * consumer. `ended`: the signal, a reconnect, or the consumer was deleted.
+   * consumer, or nobody leads it. `ended`: the signal, a reconnect, or the consumer was deleted.
    */
   readonly how: 'answered' | 'silent' | 'ended'
 }
 
 /** How long a server may take to say that there is nothing. */
 const SILENCE_MS = 1_500
+/** Who waits is told so often that he still does: a leader that died says nothing. */
+const HEARTBEAT_MS = 2_000
+/** What the server says instead of a message. */
+const HEARTBEAT = 100
+const GONE = 409
+const NO_RESPONDERS = 503
+/** What nobody leads is not asked again at once. */
+const NOBODY_MS = 100
 const NAK = '-NAK'
 
 /** @throws connection: it was closed for good */
@@ -40,8 +48,10 @@ function ask(context: Context, stream: string, consumer: string, options: PullOp
     const subscription = nc.subscribe(inbox, {
       callback: (error, msg) => {
         if (error) return finish('ended')
-        if (msg.data.length === 0 && msg.headers !== undefined && msg.headers.code > 0)
-          return finish(msg.headers.code === 409 ? 'ended' : 'answered')
+        const code = msg.data.length === 0 ? (msg.headers?.code ?? 0) : 0
+        if (code === HEARTBEAT) return watch(2 * HEARTBEAT_MS)
+        if (code === NO_RESPONDERS) return watch(NOBODY_MS)
+        if (code > 0) return finish(code === GONE ? 'ended' : 'answered')
         // It came when nobody waited any more: somebody else gets it.
         if (over) return void msg.respond(NAK)
         messages.push(msg)
@@ -60,12 +70,19 @@ function ask(context: Context, stream: string, consumer: string, options: PullOp
       resolve({ messages, how })
     }
     const onAbort = () => finish('ended')
-    const cancel = clock.setTimer(() => finish('silent'), waitMs + SILENCE_MS, true)
+    let cancel = () => {}
+    const watch = (ms: number) => {
+      cancel()
+      if (!over) cancel = clock.setTimer(() => finish('silent'), ms, true)
+    }
+    const beats = waitMs >= 2 * HEARTBEAT_MS
+    watch(SILENCE_MS + (beats ? HEARTBEAT_MS : waitMs))
     if (signal.aborted) return finish('ended')
     signal.addEventListener('abort', onAbort, { once: true })
     context.onReconnect(onAbort, local.signal)
     if (over) return
-    const request = waitMs > 0 ? { batch, expires: waitMs * 1e6 } : { batch, no_wait: true }
+    const beating = beats ? { idle_heartbeat: HEARTBEAT_MS * 1e6 } : {}
+    const request = waitMs > 0 ? { batch, expires: waitMs * 1e6, ...beating } : { batch, no_wait: true }
     try {
       nc.publish(`$JS.API.CONSUMER.MSG.NEXT.${stream}.${consumer}`, JSON.stringify(request), { reply: inbox })
     } catch {

@@ -36,6 +36,8 @@ const CLOSE_GRACE_MS = 500
 const GROUP = 'klieo'
 const TIMEOUT = 'klieo-timeout-ms'
 const FAILED = 'klieo-failed'
+/** Nobody is there: asked again after each of these. */
+const HEARD_OF_MS = [5, 15, 30]
 /** On its way a request ages unseen: its responder counts from the arrival, and gives up so much earlier. */
 const TRANSIT_MS = 5
 
@@ -112,11 +114,14 @@ export class NatsRequestReply implements RequestReply {
     timeoutMs: number,
     late: () => BusError,
   ): Promise<Uint8Array> {
-    const { nc, names } = this.#context
+    const { nc, names, clock } = this.#context
     const packed = pack(bytes, headers, { [TIMEOUT]: String(timeoutMs) })
+    const endsAt = clock.now() + timeoutMs
+    const ask = () =>
+      nc.request(names.request(subject), packed.payload, { timeout: Math.max(1, endsAt - clock.now()), headers: packed.headers })
     let reply: Msg
     try {
-      reply = await nc.request(names.request(subject), packed.payload, { timeout: timeoutMs, headers: packed.headers })
+      reply = await (nc.info?.cluster === undefined ? ask() : this.#heardOf(ask, endsAt))
     } catch (error) {
       if (isNoResponders(error))
         throw new BusError('not_found', `nobody answers requests on "${subject}"; start a responder there`, { cause: error })
@@ -126,6 +131,20 @@ export class NatsRequestReply implements RequestReply {
     const failed = reply.headers?.get(FAILED)
     if (failed) throw new BusError('handler_failed', String(parsed(failed) ?? failed))
     return reply.data
+  }
+
+  /** In a cluster a server hears of a responder at another one a little after that one has answered him. */
+  async #heardOf(ask: () => Promise<Msg>, endsAt: number): Promise<Msg> {
+    const { clock } = this.#context
+    for (const pauseMs of HEARD_OF_MS) {
+      try {
+        return await ask()
+      } catch (error) {
+        if (!isNoResponders(error) || clock.now() + pauseMs >= endsAt) throw error
+      }
+      await new Promise<void>((resolve) => clock.setTimer(resolve, pauseMs))
+    }
+    return ask()
   }
 }
 
