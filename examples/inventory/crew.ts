@@ -3,6 +3,7 @@
 import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
+import type { BusAddress } from './backend.ts'
 import type { Place } from './place.ts'
 
 /** What a worker is told, over the channel between the two processes. */
@@ -10,14 +11,16 @@ export type Order = 'pause' | 'go on' | 'stop'
 
 export type News =
   | { readonly news: 'ready' }
-  /** It will stop before its next commit … */
+  /** It will stop before its next commit, or ack … */
   | { readonly news: 'pausing' }
   /** … and there it is. */
   | { readonly news: 'holding'; readonly path: string }
+  /** A job that somebody had before. */
+  | { readonly news: 'came back'; readonly path: string; readonly attempt: number }
   /** Something went wrong and is tried again. */
   | { readonly news: 'trouble'; readonly text: string }
 
-type NewsOf<K extends News['news']> = Extract<News, { news: K }>
+export type NewsOf<K extends News['news']> = Extract<News, { news: K }>
 
 const STOP_WITHIN_MS = 5_000
 
@@ -28,18 +31,28 @@ export class Crewmate {
   readonly #exited: Promise<unknown>
   #expected = false
 
-  /** @param onTrouble told of what a worker could not do, and of its death unless it was asked for */
-  constructor(name: string, { url, schemas }: Place, onTrouble: (text: string) => void) {
+  /**
+   * @param onTrouble told of what a worker could not do, and of its death unless it was asked for
+   * @param onComeback told when it gets a job that somebody had before
+   */
+  constructor(
+    name: string,
+    { url, schemas }: Place,
+    bus: BusAddress,
+    onTrouble: (text: string) => void,
+    onComeback: (job: NewsOf<'came back'>) => void,
+  ) {
     this.name = name
-    this.#process = fork(fileURLToPath(new URL('./worker.ts', import.meta.url)), [name, schemas.inventory, schemas.bus], {
+    this.#process = fork(fileURLToPath(new URL('./worker.ts', import.meta.url)), [name, schemas.inventory], {
       // Not as an argument: everybody on the machine can read those.
-      env: { ...process.env, DATABASE_URL: url },
+      env: { ...process.env, DATABASE_URL: url, INVENTORY_BUS: JSON.stringify(bus) },
     })
     this.pid = this.#process.pid ?? 0
     this.#exited = once(this.#process, 'exit').catch(() => {})
     this.#process.on('error', (error) => onTrouble(error.message))
     this.#process.on('message', (news: News) => {
       if (news.news === 'trouble') onTrouble(news.text)
+      if (news.news === 'came back') onComeback(news)
     })
     this.#process.on('exit', (code, signal) => {
       if (!this.#expected) onTrouble(`it ended unasked (${signal ?? `exit code ${code}`})`)

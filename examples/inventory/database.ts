@@ -52,6 +52,19 @@ export async function createTables(pool: pg.Pool, { inventory }: Schemas): Promi
   `)
 }
 
+/** Where the bus takes no part in transactions: what a step is known by that is done a second time, and how often that was. */
+export async function createKeys(pool: pg.Pool, { inventory }: Schemas): Promise<void> {
+  await pool.query(`
+    -- Null: not known.
+    alter table ${inventory}.packages alter job_id drop not null, add swept boolean not null default false;
+
+    alter table ${inventory}.results add primary key (path), add tries int not null default 1;
+
+    -- A row for every result that a durable has added.
+    create table ${inventory}.added (durable text, path text, tries int not null default 1, primary key (durable, path));
+  `)
+}
+
 /**
  * Runs `work` in a transaction: commits when it returns, rolls back when it throws. The client it is given is what the
  * bus takes as `tx`.

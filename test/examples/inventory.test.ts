@@ -1,14 +1,29 @@
+import { execFile } from 'node:child_process'
+import { mkdtemp, readdir, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import { jetstreamManager } from '@nats-io/jetstream'
+import { connect } from '@nats-io/transport-node'
 import pg from 'pg'
-import { afterAll, beforeAll, expect, test } from 'vitest'
-import { createTables, type Schemas } from '../../examples/inventory/database.ts'
-import { complaints, readFigures } from '../../examples/inventory/report.ts'
-import { PostgresBus } from '../../src/index.ts'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { startAggregates } from '../../examples/inventory/aggregates.ts'
+import { openBus } from '../../examples/inventory/backend.ts'
+import { createKeys, createTables, type Schemas } from '../../examples/inventory/database.ts'
+import { addHalf, sweep } from '../../examples/inventory/enqueue.ts'
+import { complaints, readBusCounts, readCounts } from '../../examples/inventory/report.ts'
+import { RESULTS, type Result } from '../../examples/inventory/topics.ts'
+import { encode, PostgresBus } from '../../src/index.ts'
 import { type Child, type Exit, startChild } from '../support/child.ts'
+import { type NatsServer, ownNatsServer, whyNoNats } from '../support/nats-server.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
 
 const MAIN = new URL('../../examples/inventory/main.ts', import.meta.url)
+const PROJECT = fileURLToPath(new URL('../../', import.meta.url))
+const exec = promisify(execFile)
 /** A run takes a few seconds; this is for a machine that does much else. */
 const RUN_MS = 120_000
 
@@ -195,10 +210,14 @@ test('--help is for a terminal of 80 columns, and exits with 0', async () => {
   expect(Math.max(...output.split('\n').map((line) => line.length))).toBeLessThanOrEqual(80)
 })
 
-test('a wrong option is refused in one line, with exit code 2', async () => {
-  await using child = start(['--kep'])
+test.each([
+  [['--kep'], "Unknown option '--kep'"],
+  [['--backend', 'kafka'], "--backend is postgres or nats, not 'kafka'"],
+  [['--backend'], "Option '--backend <value>' argument missing"],
+])('%j is refused in one line, with exit code 2', async (args, sentence) => {
+  await using child = start(args)
   expect(await child.exited).toEqual({ code: 2, signal: null })
-  expect(child.stderr).toBe("inventory: Unknown option '--kep'; see npm start -- --help\n")
+  expect(child.stderr).toBe(`inventory: ${sentence}; see npm start -- --help\n`)
 })
 
 test('a server that cannot be reached is told of in one line, with exit code 1', async () => {
@@ -229,6 +248,10 @@ async function makeSoundRun(): Promise<Schemas> {
 
 let sound: Promise<Schemas> | undefined
 
+async function figuresOf(db: pg.Pool | pg.ClientBase, schemas: Schemas) {
+  return { ...(await readCounts(db, schemas)), ...(await readBusCounts(db, schemas)) }
+}
+
 /** What is said about the sound run once it is doctored; every test doctors it in a transaction that is rolled back. */
 async function complaintsAfter(doctor: (schemas: Schemas) => string): Promise<string> {
   sound ??= makeSoundRun()
@@ -236,7 +259,7 @@ async function complaintsAfter(doctor: (schemas: Schemas) => string): Promise<st
   await using client = await session(databaseUrl())
   await client.query('begin')
   await client.query(doctor(schemas))
-  return complaints(3, await readFigures(client, schemas)).join('\n')
+  return complaints(3, await figuresOf(client, schemas)).join('\n')
 }
 
 test('figures that add up are not complained about', async () => {
@@ -272,6 +295,19 @@ test.each(DOCTORED)('%s is complained about', async (_, doctor, complaint) => {
   expect(await complaintsAfter(doctor)).toMatch(complaint)
 })
 
+test.each([
+  [
+    'a worker killed after its effect and nothing tried again',
+    { resultsAgain: 0, additionsAgain: 0, swept: 2 },
+    /no result was tried again/,
+  ],
+  ['a sweep that found nothing', { resultsAgain: 1, additionsAgain: 0, swept: 0 }, /the sweep found none/],
+  ['what was tried again and swept', { resultsAgain: 1, additionsAgain: 3, swept: 2 }, /^$/],
+])('without transactions: %s', async (_, keys, complaint) => {
+  sound ??= makeSoundRun()
+  expect(complaints(3, { ...(await figuresOf(pool, await sound)), keys }).join()).toMatch(complaint)
+})
+
 test(
   'a run whose figures do not add up says so and exits with 1',
   async () => {
@@ -292,3 +328,188 @@ test(
   },
   RUN_MS,
 )
+
+function startOnNats(env: Readonly<Record<string, string | undefined>>, args: string[] = [], group = false): Child {
+  return startChild(MAIN, {
+    args: ['--backend', 'nats', ...args],
+    env: { DATABASE_URL: databaseUrl(), NATS_URL: undefined, ...env },
+    group,
+  })
+}
+
+test.each([
+  [
+    'no nats-server is installed',
+    { PATH: '/nowhere' },
+    /^inventory: there is no nats-server on the PATH, and NATS_URL is not set: install one .*\n$/,
+  ],
+  ['NATS_URL leads nowhere', { NATS_URL: '127.0.0.1:1' }, /^inventory: the bus cannot be on the server of NATS_URL: .*refused\n$/],
+  ['NATS_URL has a user', { NATS_URL: 'nats://u:p@127.0.0.1:1' }, /^inventory: NATS_URL is host:port.*without a user\n$/],
+])('on NATS: %s, which is told in one line, with exit code 1', async (_, env, sentence) => {
+  await using child = startOnNats(env)
+  expect(await child.exited).toEqual({ code: 1, signal: null })
+  expect(child.stderr).toMatch(sentence)
+})
+
+const missing = process.env.NATS_URL ? 'it starts its own servers, and NATS_URL is not its own' : whyNoNats()
+
+describe.skipIf(missing !== undefined)(`the example on NATS${missing === undefined ? '' : ` (${missing})`}`, () => {
+  let shared: NatsServer
+  /** Where a nats-server of a run's own has its store. */
+  let temporary: string
+
+  beforeAll(async () => {
+    shared = await ownNatsServer()
+    temporary = await mkdtemp(join(tmpdir(), 'klieo-test-'))
+  })
+
+  afterAll(async () => {
+    await shared?.remove()
+    await rm(temporary, { recursive: true, force: true })
+  })
+
+  async function streams(prefix: string | undefined): Promise<string[]> {
+    const nats = await connect({ servers: shared.url })
+    try {
+      const names: string[] = []
+      for await (const name of (await jetstreamManager(nats)).streams.names()) if (name.includes(`${prefix}_`)) names.push(name)
+      return names
+    } finally {
+      await nats.close()
+    }
+  }
+
+  /** A nats-server of its own is gone, and so is its store. */
+  async function expectNoServer(url: string): Promise<void> {
+    await eventually(
+      () =>
+        connect({ servers: url }).then(
+          (nats) => nats.close().then(() => false),
+          () => true,
+        ),
+      { what: 'the end of nats-server' },
+    )
+    await eventually(async () => (await readdir(temporary)).length === 0, { what: 'the end of its store' })
+  }
+
+  test(
+    'J1, J3, J5, P12 with nothing but keys a run on a server of its own loses nothing and doubles nothing, and takes the server with it',
+    async () => {
+      await using child = startOnNats({ TMPDIR: temporary })
+      const output = await outputOf(child)
+      expect(child.stderr).toBe('')
+      expect(output).toMatch(/job was not acked/)
+      expect(output).toMatch(/came back: attempt 2 by worker-\d/)
+      const packages = figure(output, 'packages in the lock file')
+      expect(packages).toBeGreaterThan(100)
+      for (const name of ['jobs enqueued', 'results', 'counted by durable "sizes"']) expect(figure(output, name), name).toBe(packages)
+      for (const name of ['lost', 'doubled', 'left of the rolled back']) expect(figure(output, name), name).toBe(0)
+      expect(figure(output, 'redelivered')).toBeGreaterThan(0)
+      expect(figure(output, 'tried again')).toBeGreaterThan(0)
+      expect(figure(output, 'enqueued by the sweep')).toBe(2)
+      expect(output).toMatch(/Everything adds up/)
+      expect(Math.max(...output.split('\n').map((line) => line.length))).toBeLessThanOrEqual(80)
+      expect(await child.exited).toEqual({ code: 0, signal: null })
+      await expectNoServer(serverIn(output))
+      expect(await existing(schemasIn(output))).toEqual([])
+    },
+    RUN_MS,
+  )
+
+  test(
+    '--keep leaves rows and streams, and what it prints runs as it is',
+    async () => {
+      await using child = startOnNats({ NATS_URL: shared.url }, ['--keep'])
+      const output = await outputOf(child)
+      expect(await child.exited).toEqual({ code: 0, signal: null })
+      expect(output).toMatch(/Everything adds up/)
+      const queries = output.match(/^ {2}select [^;]+;/gm) ?? []
+      expect(queries).toHaveLength(2)
+      for (const query of queries) expect((await pool.query(query)).rowCount, query).toBeGreaterThan(0)
+
+      const [look, remove] = output.match(/^ {2}node --input-type=module -e "[^"]+"/gm) ?? []
+      const run = (command = '') => exec('/bin/sh', ['-c', command], { cwd: PROJECT, env: { ...process.env, NATS_URL: shared.url } })
+      expect((await run(look)).stdout).toMatch(/^\d+ klieo_\w+\.msg\.inventory\.result\.installed \{.*"worker":"worker-\d"/)
+      const tables = schemasIn(output)
+      const prefix = tables.find((name) => name.startsWith('klieo_'))
+      expect(await streams(prefix)).toHaveLength(6)
+      await run(remove)
+      expect(await streams(prefix)).toEqual([])
+      await pool.query(output.match(/drop schema [^;]+;/)?.[0] ?? '')
+      expect(await existing(tables)).toEqual([])
+    },
+    RUN_MS,
+  )
+
+  test(
+    'Ctrl-C in the middle leaves neither streams nor schemas on servers that others use',
+    async () => {
+      await using child = startOnNats({ NATS_URL: shared.url }, [], true)
+      const tables = await child.next(({ text }) => /tables in schema/.test(String(text)), RUN_MS)
+      await child.next(({ text }) => /workers started/.test(String(text)), RUN_MS)
+      const schemas = schemasIn(String(tables.text))
+      const prefix = schemas.find((name) => name.startsWith('klieo_'))
+      expect(await streams(prefix)).toHaveLength(6)
+      child.interruptGroup('SIGINT')
+      expect(await child.exited).toEqual({ code: 130, signal: null })
+      expect(child.stderr).toBe('')
+      expect(await streams(prefix)).toEqual([])
+      expect(await existing(schemas)).toEqual([])
+    },
+    RUN_MS,
+  )
+
+  test('P5, J5 what is delivered or enqueued a second time is known by its key', async () => {
+    const schemas = { inventory: freshSchema(), bus: '' }
+    const { inventory } = schemas
+    await using bus = await openBus({ backend: 'nats', servers: [shared.url], prefix: 'keys' }, pool, true)
+    await createTables(pool, schemas)
+    await createKeys(pool, schemas)
+
+    const packages = ['a', 'b'].map((name) => ({ path: `node_modules/${name}`, name, version: '1.0.0' }))
+    await addHalf(bus, pool, schemas, packages[0]!, packages[1]!)
+    expect([await sweep(bus, pool, schemas), await sweep(bus, pool, schemas)]).toEqual([2, 0])
+    const jobs: string[] = []
+    for await (const { dedupKey = '' } of bus.admin.jobs()) jobs.push(dedupKey)
+    expect(jobs.sort()).toEqual(['node_modules/a', 'node_modules/b'])
+
+    const result: Result = {
+      path: 'node_modules/a',
+      worker: 'w',
+      attempt: 1,
+      installed: true,
+      licence: 'MIT',
+      files: 1,
+      bytes: 7,
+      sha256: '',
+    }
+    for (const msgId of ['first', 'more than two minutes later']) await bus.pubsub.publish(RESULTS.installed, encode(result), { msgId })
+    await startAggregates(bus, pool, schemas)
+    const added = () => pool.query(`select durable, tries from ${inventory}.added order by durable`).then(({ rows }) => rows)
+    await eventually(async () => (await added()).filter(({ tries }) => tries === 2).length === 2, { what: 'both, twice' })
+    const { rows } = await pool.query(
+      `select l.packages as licences, s.packages as sizes, s.bytes::int from ${inventory}.licences l, ${inventory}.sizes s`,
+    )
+    expect(rows).toEqual([{ licences: 1, sizes: 1, bytes: 7 }])
+  })
+
+  test.each(['SIGINT', 'SIGKILL'] as const)(
+    'a server of its own does not outlive %s in the middle',
+    async (signal) => {
+      await using child = startOnNats({ TMPDIR: temporary }, [], true)
+      const server = await child.next(({ text }) => /nats-server \d/.test(String(text)), RUN_MS)
+      const tables = await child.next(({ text }) => /tables in schema/.test(String(text)), RUN_MS)
+      await child.next(({ text }) => /workers started/.test(String(text)), RUN_MS)
+      child.interruptGroup(signal)
+      await child.exited
+      await expectNoServer(serverIn(String(server.text)))
+      if (signal === 'SIGKILL')
+        for (const schema of schemasIn(String(tables.text))) await pool.query(`drop schema if exists ${schema} cascade`)
+    },
+    RUN_MS,
+  )
+})
+
+function serverIn(output: string): string {
+  return /nats-server [\d.]+ on (\S+)/.exec(output)?.[1] ?? ''
+}
