@@ -13,6 +13,8 @@ const ODD = 'klieo-headers'
 const PACKED = 'klieo-packed'
 /** What the bus or the server reads. */
 const RESERVED = /^(?:nats-|klieo-|kv-|status$|description$)/i
+/** The server takes the first place that reads like the name of a header of its own for that header, and overlooks the real one behind it. */
+const SERVERS = 'Nats-'
 const PLAIN_NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]*$/
 /** Above this they go into the payload. */
 const MOST_HEADER_BYTES = 16 * 1024
@@ -36,7 +38,12 @@ export function pack(payload: Uint8Array, headers: Headers, own: Readonly<Record
   if (headers === EMPTY_HEADERS) return { headers: packed, payload }
   const entries = Object.entries(headers)
   const isPlain = ([name, value]: [string, string]) =>
-    PLAIN_NAME.test(name) && !RESERVED.test(name) && value.length > 0 && value.trim() === value && !/\p{Cc}/u.test(value)
+    PLAIN_NAME.test(name) &&
+    !RESERVED.test(name) &&
+    value.length > 0 &&
+    value.trim() === value &&
+    !/\p{Cc}/u.test(value) &&
+    !`${name} ${value}`.includes(SERVERS)
   const size = entries.reduce((sum, [name, value]) => sum + name.length + Buffer.byteLength(value) + 4, 0)
   if (size > MOST_HEADER_BYTES) {
     const json = encoder.encode(JSON.stringify(entries))
@@ -48,7 +55,7 @@ export function pack(payload: Uint8Array, headers: Headers, own: Readonly<Record
   }
   for (const entry of entries) if (isPlain(entry)) packed.set(...entry)
   const odd = entries.filter((entry) => !isPlain(entry))
-  if (odd.length > 0) packed.set(ODD, JSON.stringify(odd))
+  if (odd.length > 0) packed.set(ODD, JSON.stringify(odd).replaceAll(SERVERS, '\\u004eats-'))
   return { headers: packed, payload }
 }
 

@@ -77,6 +77,12 @@ describe.skipIf(missing !== undefined)(`the same traces on Postgres and on NATS$
     { do: 'jobAdmin', bus: 0, job: 0, how: 'look' },
   ])
 
+  same('P12 a header with the name of one of the server’s hides no msgId', [
+    { do: 'publish', bus: 0, subject: 0, headers: 0, msgId: 0 },
+    { do: 'publish', bus: 0, subject: 0, headers: 2, msgId: 0 },
+    { do: 'consume', bus: 0, durable: 0, filter: 0 },
+  ])
+
   same('J2 a claim of several jobs gives each of them once, also one whose lease is over at once', [
     { do: 'enqueue', bus: 0, queue: 0, job: { headers: 0, inMs: 2 * GRAIN_MS } },
     { do: 'jobAdmin', bus: 0, job: 0, how: 'retry' },

@@ -5,6 +5,15 @@ import { DURABLES, FILTERS, HEADERS, IDS, type Start, type Step, SUBJECTS } from
 
 type Do<Name extends Step['do']> = Extract<Step, { do: Name }>
 
+interface Letter {
+  readonly ok: { readonly subject: string; readonly payload: string }
+}
+
+/** By whom they are read. */
+const LETTERS: Readonly<Record<string, string>> = { '*.dlq': 'letters', '*.*.dlq': 'letters-too' }
+
+const filterOf = (subject: string) => (subject.split('.').length === 2 ? '*.dlq' : '*.*.dlq')
+
 export const pubsubActions = {
   async publish(player: Player, { bus, subject, headers, msgId }: Do<'publish'>, n: number) {
     const { pubsub } = await player.bus(bus)
@@ -99,10 +108,16 @@ export const pubsubActions = {
   async letters(player: Player, { bus }: Do<'letters'>, _n: number, hint: Seen) {
     const { pubsub } = await player.bus(bus)
     await player.world.maintain()
-    const seen = await drain(player, pubsub.subscribe('*.dlq', 'letters', { maxInFlight: 20 } satisfies SubscribeOptions), hint)
-    if (!Array.isArray(seen)) return seen
+    const seen: Letter[] = []
+    // Names of queues have one token or two.
+    for (const [filter, durable] of Object.entries(LETTERS)) {
+      const expected = Array.isArray(hint) ? (hint as Letter[]).filter(({ ok }) => filterOf(ok.subject) === filter) : undefined
+      const some = await drain(player, pubsub.subscribe(filter, durable, { maxInFlight: 20 } satisfies SubscribeOptions), expected as Seen)
+      if (!Array.isArray(some)) return some
+      seen.push(...(some as Letter[]))
+    }
     // What ends at the same time ends in no promised order.
-    const key = (letter: { ok: { subject: string; payload: string } }) => `${letter.ok.subject} ${letter.ok.payload}`
+    const key = (letter: Letter) => `${letter.ok.subject} ${letter.ok.payload}`
     return seen.toSorted((a, b) => (key(a) < key(b) ? -1 : 1))
   },
 }

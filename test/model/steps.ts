@@ -3,16 +3,27 @@
 import fc from 'fast-check'
 import { GRAIN_MS } from './worlds.ts'
 
-export const SUBJECTS = ['s.a', 's.b', 's.a.x', 't'] as const
+export const SUBJECTS = ['s.a', 's.b!{}"$\\', 's.a.x', 't'] as const
 export const FILTERS = ['s.>', 's.*', 't', '*.a', 's.a', '*.*.x'] as const
-export const DURABLES = ['d0', 'd1'] as const
-export const QUEUES = ['q0', 'q1'] as const
-export const BUCKETS = ['b', 'c.d'] as const
-export const KEYS = ['k', 'k.x', 'k/y'] as const
+export const DURABLES = ['d0', 'D-1_x'] as const
+export const QUEUES = ['q0', 'q.1-X_y'] as const
+export const BUCKETS = ['b', 'c.D_-1'] as const
+export const KEYS = ['k', 'k.x', '=k/Y_-'] as const
 export const KEY_FILTERS = ['k', 'k.*', '>', '*'] as const
 export const ASKED = ['r.a', 'r.b', 'u'] as const
 export const ANSWERED = ['r.*', 'r.a', 'u', 'r.>'] as const
-export const HEADERS: readonly (Readonly<Record<string, string>> | undefined)[] = [undefined, { a: 'b' }, { 'x-y': 'ü 漢', e: '' }]
+export const HEADERS: readonly (Readonly<Record<string, string>> | undefined)[] = [
+  undefined,
+  { a: 'b', A: ' c ', see: 'the Nats-Msg-Id' },
+  Object.fromEntries([
+    ['x-y', 'ü 漢'],
+    ['e', ''],
+    ['__proto__', 'p'],
+    ['Nats-Msg-Id', 'no id'],
+    ['klieo-headers', '{}'],
+    ['!#$%&\'*+-.^_`|~"(),/;<=>?@[\\]{}', 'tab\tquotes " \\ \''],
+  ]),
+]
 export const IDS = ['i0', 'i1', ' odd \n id'] as const
 
 export const REASONS = ['not wanted', 'ü\nodd', 'r'.repeat(2_000)] as const
