@@ -162,12 +162,15 @@ function yielded(player: Player, { bus, durable }: HeldStream, msg: Msg): Seen {
   return messageSeen(msg)
 }
 
-const LETTER_REFS: Readonly<Record<string, string>> = { dlq_seq: 'seq', dlq_job_id: 'job' }
+const LETTER_REFS: ReadonlyMap<string, string> = new Map([
+  ['dlq_seq', 'seq'],
+  ['dlq_job_id', 'job'],
+])
 
 function messageSeen(msg: Msg): Seen {
   const letter = msg.subject.endsWith('.dlq')
   const headers = Object.entries(msg.headers).map(([name, value]): [string, Seen] => {
-    const scope = letter ? LETTER_REFS[name] : undefined
+    const scope = letter ? LETTER_REFS.get(name) : undefined
     return [name, scope === undefined ? value : new Ref(scope, scope === 'seq' ? Number(value) : value, scope === 'seq')]
   })
   return {
