@@ -106,6 +106,23 @@ export class Stage<Tx> {
 export type Body<Tx> = (stage: Stage<Tx>) => Promise<void>
 type Flag = { [K in keyof Capabilities]-?: Capabilities[K] extends boolean ? K : never }[keyof Capabilities]
 
+/** What a test may need of a backend. */
+type Need = Flag | 'strictFencing' | 'strictJobFencing'
+
+/** A need as it stands in `supports`. */
+const MEMBERS: Readonly<Record<string, string>> = { strictFencing: "fencing: 'strict'", strictJobFencing: "jobFencing: 'strict'" }
+
+/** The name of a test that is skipped says why. */
+function skippedName(name: string, backend: string, need: Need): string {
+  return `${name} (${backend} lacks: ${MEMBERS[need] ?? need})`
+}
+
+/** Out of such a name; `undefined`: the suite did not skip it. */
+export function whySkipped(skipped: string): { readonly name: string; readonly member: string } | undefined {
+  const [, name, member] = /^(.+) \(\S+ lacks: (.+)\)$/.exec(skipped) ?? []
+  return name === undefined || member === undefined ? undefined : { name, member }
+}
+
 /** Registers tests with the runner. */
 export class Suite<Tx> {
   readonly supports: Capabilities
@@ -135,13 +152,13 @@ export class Suite<Tx> {
   }
 
   /** A test of what not every backend can do: skipped visibly where it cannot. */
-  where(capability: Flag | 'strictFencing' | 'strictJobFencing', name: string, body: Body<Tx>): void {
+  where(capability: Need, name: string, body: Body<Tx>): void {
     const can = this.#can(capability)
     if (can) this.test(name, body)
-    else this.#runner.test.skip(`${name} (${this.supports.backend} lacks: ${capability})`, this.#run(body))
+    else this.#runner.test.skip(skippedName(name, this.supports.backend, capability), this.#run(body))
   }
 
-  #can(capability: Flag | 'strictFencing' | 'strictJobFencing'): boolean {
+  #can(capability: Need): boolean {
     if (capability === 'strictFencing') return this.supports.fencing === 'strict'
     if (capability === 'strictJobFencing') return (this.supports.jobFencing ?? this.supports.fencing) === 'strict'
     return this.supports[capability]
