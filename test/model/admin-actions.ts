@@ -14,7 +14,7 @@ export const adminActions = {
     if (id === undefined) return 'no job'
     const label = `${n} ${how} a job`
     if (how === 'look') player.start(label, admin.job(id), (job) => job && jobSeen(player, job, text(job.payload), { ...job.headers }))
-    else if (how === 'retry') player.start(label, admin.retryJob(id), () => null)
+    else if (how === 'retry') player.start(label, admin.retryJob(id), () => retried(player, ...QUEUES))
     else if (how === 'remove') player.start(label, admin.removeJob(id), () => null)
     else player.start(label, admin.cancelJob(id, reason === undefined ? undefined : REASONS[reason]), () => null)
     return undefined
@@ -24,7 +24,7 @@ export const adminActions = {
     const { admin } = await player.bus(bus)
     const queue = QUEUES[which] as string
     const label = `${n} ${how} of ${queue}`
-    if (how === 'retryDead') player.start(label, admin.retryDead(queue), (count) => count)
+    if (how === 'retryDead') player.start(label, admin.retryDead(queue), (count) => retried(player, queue) ?? count)
     else if (how === 'purge') player.start(label, admin.purgeQueue(queue, states === undefined ? {} : { states }), (count) => count)
     else if (how === 'pause') player.start(label, admin.pauseQueue(queue), () => null)
     else if (how === 'resume') player.start(label, admin.resumeQueue(queue), () => null)
@@ -61,6 +61,11 @@ export const adminActions = {
     player.start(`${n} durables`, admin.durables(), (durables) => durables.map((one) => durableSeen(player, one)))
     player.start(`${n} buckets`, admin.buckets(), (buckets) => buckets.map(bucketSeen))
   },
+}
+
+function retried(player: Player, ...queues: readonly string[]): null {
+  if (!player.terms.queuesRetried) for (const queue of queues) player.unordered.add(queue)
+  return null
 }
 
 /** The records of dedup keys hold ids, and how long those are is a backend's own. */

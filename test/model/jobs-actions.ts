@@ -6,6 +6,8 @@ import { type AnyBus, GRAIN_MS } from './worlds.ts'
 
 type Do<Name extends Step['do']> = Extract<Step, { do: Name }>
 
+const ALL = 1_000
+
 export const jobsActions = {
   async enqueue(player: Player, { bus, queue, job }: Do<'enqueue'>, n: number) {
     const { jobs } = await player.bus(bus)
@@ -28,7 +30,11 @@ export const jobsActions = {
     if (player.awaited.has(awaited)) return 'somebody waits'
     if (waitMs > 0) player.awaited.add(awaited)
     const done = () => player.awaited.delete(awaited)
-    if (limit === 0) {
+    if (player.unordered.has(queue)) {
+      const claimed = bus.jobs.claimMany(queue, 'w', ttlMs, { limit: ALL, waitMs }).finally(done)
+      const sorted = claimed.then((jobs) => jobs.toSorted((a, b) => (text(a.payload) < text(b.payload) ? -1 : 1)))
+      player.start(`${n} claim of all`, sorted, (jobs) => jobs.map((job) => claimSeen(player, bus, job, waitMs === 0)))
+    } else if (limit === 0) {
       const claimed = bus.jobs.claim(queue, 'w', ttlMs, { waitMs }).finally(done)
       player.start(`${n} claim`, claimed, (job) => (job === null ? null : claimSeen(player, bus, job, waitMs === 0)))
     } else {

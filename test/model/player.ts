@@ -85,6 +85,8 @@ export class Player {
   readonly jobIds: string[] = []
   /** Messages were. */
   purged = false
+  /** Queues that promise no order any more. */
+  readonly unordered = new Set<string>()
   /** A durable was to begin at a time that is still to come. */
   ahead = false
   readonly revisions = new Map<string, number[]>()

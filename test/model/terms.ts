@@ -11,6 +11,8 @@ export interface Terms {
   playable(step: Step): Step | undefined
   /** What a durable counts as unsettled is what its members hold and what they will get. */
   readonly countsExactly: boolean
+  /** A job that was retried waits behind those that waited before. */
+  readonly queuesRetried: boolean
   /** A durable was moved. */
   onSeek(player: Player, durable: string): void
 }
@@ -19,6 +21,7 @@ export interface Terms {
 export const ALIKE: Terms = {
   playable: (step) => step,
   countsExactly: true,
+  queuesRetried: true,
   onSeek: () => {},
 }
 
@@ -48,6 +51,8 @@ export const WITH_NATS: Terms = {
   },
   // A1: what was purged while it was handed out is counted no more, and what is published before a durable begins is, until somebody reads.
   countsExactly: false,
+  // J8: a job that nobody has claimed since it was enqueued or given back still has its ticket from then. From such a queue everything is claimed.
+  queuesRetried: false,
   // `fencing` of messages: what was handed out before may be settled, or not.
   onSeek(player, durable) {
     for (const delivery of player.deliveries.filter(({ of }) => of === durable))
