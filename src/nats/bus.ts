@@ -21,7 +21,7 @@ import { NatsAdmin } from './admin.ts'
 import { ANSWER_WITHIN_MS, type Context, Names } from './context.ts'
 import { Durables } from './durables.ts'
 import { Entries } from './entries.ts'
-import { isNotThere, mapped } from './errors.ts'
+import { isNotThere, mapped, patiently } from './errors.ts'
 import { JobRecords } from './job-records.ts'
 import { NatsJobs } from './jobs.ts'
 import { NatsKv } from './kv.ts'
@@ -295,7 +295,7 @@ export class NatsBus implements Bus<never> {
 
 /** Makes it, or checks that it is the bus's. */
 async function ensureStream(jsm: Context['jsm'], config: Partial<StreamConfig> & Pick<StreamConfig, 'name'>): Promise<void> {
-  const found = await mapped(async () => {
+  const found = await patiently(async () => {
     try {
       return await jsm.streams.info(config.name)
     } catch (error) {

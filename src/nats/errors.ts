@@ -9,6 +9,12 @@ interface Verdict {
   readonly hint: string
 }
 
+/** Each as long as the client waits for an answer: 5 s. */
+const PATIENT_TRIES = 3
+/** Of a stream without a leader the client says the same as of a server without JetStream. */
+const NOBODY_ANSWERS =
+  'JetStream does not answer: a cluster is electing a leader, or the server was not started with -js, or the account may not use it'
+
 const BY_NAME: Readonly<Record<string, Verdict>> = {
   ClosedConnectionError: { code: 'connection', hint: 'the connection to NATS was closed' },
   DrainingConnectionError: { code: 'connection', hint: 'the connection to NATS is being closed' },
@@ -19,9 +25,9 @@ const BY_NAME: Readonly<Record<string, Verdict>> = {
   RequestError: { code: 'connection', hint: 'NATS did not answer' },
   NoRespondersError: {
     code: 'unavailable',
-    hint: 'JetStream does not answer; is the server started with -js, and the account allowed to use it?',
+    hint: NOBODY_ANSWERS,
   },
-  JetStreamNotEnabled: { code: 'unavailable', hint: 'the server has no JetStream; start it with -js' },
+  JetStreamNotEnabled: { code: 'unavailable', hint: NOBODY_ANSWERS },
   AuthorizationError: { code: 'permission_denied', hint: 'NATS refuses the user' },
   UserAuthenticationExpiredError: { code: 'permission_denied', hint: 'the credentials of the user have expired' },
   PermissionViolationError: { code: 'permission_denied', hint: 'the user may not use the subject' },
@@ -60,6 +66,19 @@ export async function mapped<T>(run: () => Promise<T>): Promise<T> {
   } catch (error) {
     throw natsError(error)
   }
+}
+
+/** Likewise, for what may be asked again: a cluster that is making a stream answers when somebody leads it, which may take an election. */
+export function patiently<T>(run: () => Promise<T>): Promise<T> {
+  return mapped(async () => {
+    for (let tries = 1; ; tries++) {
+      try {
+        return await run()
+      } catch (error) {
+        if (!isTimeout(error) || tries === PATIENT_TRIES) throw error
+      }
+    }
+  })
 }
 
 function isApi(error: unknown, ...codes: number[]): boolean {
