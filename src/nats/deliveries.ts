@@ -106,9 +106,9 @@ export class Hold {
   }
 
   /** Without waiting for an answer. */
-  handBack(): void {
+  handBack(delayMs = 0): void {
     this.end()
-    this.#say('-NAK')
+    this.#say(nakVerb(delayMs))
   }
 
   /** Nothing more is told to the server. */

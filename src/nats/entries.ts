@@ -14,7 +14,7 @@ import { type MsgHdrs, headers as newHeaders } from '@nats-io/transport-node'
 import { BusError } from '../core/index.ts'
 import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
-import { isDuplicateUnderWay, isNotThere, isWrongSequence, mapped } from './errors.ts'
+import { isDuplicateUnderWay, isNotThere, isWrongSequence, patiently } from './errors.ts'
 import { pull } from './pull.ts'
 import { ownId } from './wire.ts'
 
@@ -63,7 +63,7 @@ export class Entries {
    * @returns whether several servers keep it
    */
   static async make(context: Pick<Context, 'js'>, bucket: string, history: number, replicas: number): Promise<boolean> {
-    const status = await mapped(async () => (await new Kvm(context.js).create(bucket, { history, replicas })).status())
+    const status = await patiently(async () => (await new Kvm(context.js).create(bucket, { history, replicas })).status())
     return status.replicas > 1
   }
 
@@ -107,6 +107,22 @@ export class Entries {
     return (await this.#publish(key, new Uint8Array(0), expected, headers)) !== null
   }
 
+  /**
+   * Whether there has never been anything, or no trace of it is left, by the word of most servers: a leader that was replaced and does not know it
+   * yet may read so, but not write.
+   */
+  async isBare(key: string): Promise<boolean> {
+    const headers = newHeaders()
+    headers.set(OPERATION, 'DEL')
+    headers.set(EXPECTED, '0')
+    const revision = await this.#store(key, new Uint8Array(0), headers)
+    // Whoever asked before may have died before this.
+    const left = revision === null ? await this.read(key) : null
+    if (revision === null && !left?.deleted) return false
+    await this.erase(revision ?? (left as StoredEntry).revision)
+    return true
+  }
+
   /** Removes a revision without a trace. */
   async erase(revision: number): Promise<void> {
     await this.#context.ask(async () => {
@@ -132,7 +148,8 @@ export class Entries {
         headers_only: headersOnly,
       }),
     )
-    const found: StoredEntry[] = []
+    // What is written meanwhile comes again.
+    const found = new Map<string, StoredEntry>()
     try {
       for (;;) {
         const { messages, how } = await pull(this.#context, this.stream, info.name, { batch: BATCH, waitMs: 0, signal: NEVER })
@@ -142,9 +159,11 @@ export class Entries {
         }
         for (const msg of messages) {
           const { seq, time } = infoOf(msg)
-          found.push(this.entry(msg.subject, msg.headers, msg.data, seq, time))
+          const entry = this.entry(msg.subject, msg.headers, msg.data, seq, time)
+          found.delete(entry.key)
+          found.set(entry.key, entry)
         }
-        if (messages.length < BATCH) return found
+        if (messages.length < BATCH) return [...found.values()]
       }
     } finally {
       jsm.consumers.delete(this.stream, info.name).catch(() => {})
@@ -170,10 +189,15 @@ export class Entries {
   }
 
   async #publish(key: string, value: Uint8Array, expected: number | undefined, headers: MsgHdrs): Promise<number | null> {
-    if (expected !== undefined) headers.set(EXPECTED, String(expected))
-    const id = expected === undefined ? {} : { msgID: ownId('cas', key, expected) }
+    if (expected === undefined) return this.#store(key, value, headers)
+    headers.set(EXPECTED, String(expected))
+    return this.#store(key, value, headers, ownId('cas', key, expected))
+  }
+
+  async #store(key: string, value: Uint8Array, headers: MsgHdrs, msgID?: string): Promise<number | null> {
     return this.#context.ask(async () => {
       try {
+        const id = msgID === undefined ? {} : { msgID }
         const { seq, duplicate } = await this.#context.js.publish(this.subject(key), value, { headers, ...id })
         return duplicate ? null : seq
       } catch (error) {

@@ -13,11 +13,14 @@
  * ended; so whoever is not sure that there is a ticket publishes another. Where somebody may die:
  *
  *   enqueue   data, (dedup record,) ticket. Before the ticket: the caller was not told of a job. A later enqueue with its dedup key finds
- *             the record of a job that was never claimed, and publishes the ticket again.
+ *             the record of a job that was never claimed, and publishes the ticket again; so does, after a while, who claims from its queue.
  *   settle    state, then ticket. In between: the ticket comes again when its ack wait is over, and whoever gets it does the rest.
  *   bury      state "dying", letter, state "dead", ticket. Before the letter or after it: likewise; the letter's id makes two of
  *             them one, within the duplicate window of two minutes, which is longer than the ack wait.
- *   retry     state, then ticket. In between: a job that is ready and has no ticket; retried once more it gets one.
+ *   retry     state, then ticket. In between: a job that is ready and has no ticket; retried once more it gets one, or likewise.
+ *
+ * A read may be answered by a leader of the bucket that was replaced and does not know it yet. So no ticket is ended on the strength of a read alone:
+ * most servers have to agree, by a write.
  */
 
 import type { Headers } from '../core/index.ts'
@@ -150,7 +153,7 @@ export class JobRecords {
       this.#entries.read(this.#key(queue, id, 'state')),
       this.#entries.read(this.#key(queue, id, 'data')),
     ])
-    return data && recordOf(data, state)
+    return data && !data.deleted ? recordOf(data, state) : null
   }
 
   /** By the id alone. */
@@ -158,7 +161,7 @@ export class JobRecords {
     // What is no id of ours could be a wildcard.
     if (!isJobId(id)) return null
     const data = await this.#entries.read(`*.${id}.data`)
-    if (!data) return null
+    if (!data || data.deleted) return null
     const record = await this.read(dataOf(data).queue, id)
     return record?.state.is === 'done' ? null : record
   }
@@ -174,6 +177,11 @@ export class JobRecords {
     await this.#entries.erase(stateRevision)
   }
 
+  /** What was not there when it was read. */
+  async isGone(queue: string, id: string): Promise<boolean> {
+    return !this.#context.isReplicated || this.#entries.isBare(this.#key(queue, id, 'data'))
+  }
+
   /** The job of a ticket is gone; its state may be left. */
   async forgetState(queue: string, id: string): Promise<void> {
     const state = await this.#entries.read(this.#key(queue, id, 'state'))
@@ -185,7 +193,8 @@ export class JobRecords {
     const token = queue === undefined ? '*' : tokenOf(queue)
     const [data, states] = await Promise.all([this.#entries.all(`${token}.*.data`, true), this.#entries.all(`${token}.*.state`)])
     const byJob = new Map(states.map((state) => [jobOf(state.key), state]))
-    const records = data.map((entry) => recordOf(entry, byJob.get(jobOf(entry.key)) ?? null))
+    const stored = data.filter(({ deleted }) => !deleted)
+    const records = stored.map((entry) => recordOf(entry, byJob.get(jobOf(entry.key)) ?? null))
     return records.filter(({ state }) => state.is !== 'done').sort((a, b) => (a.data.id < b.data.id ? -1 : 1))
   }
 
@@ -241,8 +250,8 @@ export class JobRecords {
     }
   }
 
-  /** From "dying" on; whoever finds such a job does it. */
-  async finishBurying(record: JobRecord): Promise<void> {
+  /** From "dying" on; whoever finds such a job does it. @returns false when the state was another one by then: somebody else may have done it, too */
+  async finishBurying(record: JobRecord): Promise<boolean> {
     const { js, names } = this.#context
     const { data, state } = record
     const { payload, headers } = await this.#withPayload(data)
@@ -262,8 +271,7 @@ export class JobRecords {
         msgID: ownId('dead', data.id, state.round),
       }),
     )
-    // Another that finishes it, too, may be the one who writes this.
-    await this.write(record, { ...state, is: 'dead' })
+    return (await this.write(record, { ...state, is: 'dead' })) !== null
   }
 
   /** What lists read has headers only. */

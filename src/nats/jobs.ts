@@ -27,7 +27,15 @@ import { type Claim, type ClaimBackend, type ClaimContext, HeldJob } from '../ru
 import { consumerInfo, makeConsumer } from './consumers.ts'
 import { type Context, checkTx, PullEar } from './context.ts'
 import { Hold, nakVerb } from './deliveries.ts'
-import { type JobRecord, type JobRecords, type JobState, LEASE_RAN_OUT, MAX_ATTEMPTS_EXCEEDED, type NewJob } from './job-records.ts'
+import {
+  type JobData,
+  type JobRecord,
+  type JobRecords,
+  type JobState,
+  LEASE_RAN_OUT,
+  MAX_ATTEMPTS_EXCEEDED,
+  type NewJob,
+} from './job-records.ts'
 import { pull } from './pull.ts'
 import { tokenOf } from './wire.ts'
 
@@ -49,6 +57,14 @@ const MOST_TICKETS = 100
 const PULL_MS = 20_000
 /** A consumer hears of a ticket a little after its publisher was answered, and says until then that there is none. */
 const SIGNAL_MS = 25
+/** Of a job that one server does not know and others do the ticket comes again after this. */
+const STALE_MS = 250
+/** A ticket that could not be looked at comes again after this, or, when that cannot be said, after its ack wait. */
+const FAILED_MS = 1_000
+/** A ticket may be in the hands of somebody who died, for one of them. */
+const STRANDED_ACK_WAITS = 2
+/** A sweep reads every job of the queue: so many times as long as it took passes before the next. */
+const SWEEP_PAUSES = 100
 /** A paused queue is looked at again, should the word of its resumption be lost. */
 const PAUSED_MS = 1_000
 
@@ -59,6 +75,8 @@ export class NatsJobs implements JobQueue {
   /** What goes on after its caller was answered. */
   readonly #background = new Set<Promise<void>>()
   readonly #consumers = new Map<string, Promise<string>>()
+  /** When the jobs of each queue are looked through next, by the local clock. */
+  readonly #sweeps = new Map<string, number>()
   readonly #claiming = new Set<PullEar>()
 
   constructor(context: Context, records: JobRecords) {
@@ -118,6 +136,7 @@ export class NatsJobs implements JobQueue {
           continue
         }
         const found = await this.#claim(queue, consumer, workerId, leaseTtlMs, limit, Math.ceil(waitFor), ear)
+        if (found.length === 0) this.#sweepNowAndThen(queue)
         if (found.length > 0 || clock.now() >= end) return found
       }
     } finally {
@@ -274,7 +293,7 @@ export class NatsJobs implements JobQueue {
 
   /** What a ticket is good for; `undefined`: nothing now. */
   async #open(queue: string, msg: Msg, workerId: string, ttlMs: number, call: Call): Promise<NatsClaim | undefined> {
-    const { serverClock, jobAckWaitMs } = this.#context
+    const { serverClock, jobAckWaitMs, isReplicated } = this.#context
     const id = msg.string()
     const hold = new Hold(this.#context, msg, jobAckWaitMs, jobAckWaitMs)
     try {
@@ -286,12 +305,18 @@ export class NatsJobs implements JobQueue {
           return undefined
         }
         if (record === null) {
+          if (!(await this.#records.isGone(queue, id))) {
+            await hold.settleAnyway(nakVerb(STALE_MS))
+            return undefined
+          }
           await this.#records.forgetState(queue, id)
           await hold.settleAnyway('+ACK')
           return undefined
         }
         const { data, state } = record
-        if (state.is === 'dying') await this.#records.finishBurying(record)
+        if (state.is === 'dying' && !(await this.#records.finishBurying(record))) continue
+        // Somebody may have retried it, and the ticket be for that.
+        if (state.is === 'dead' && isReplicated && (await this.#records.write(record, state)) === null) continue
         if (state.is === 'done') await this.#records.forget(data, record.revision)
         if (state.is === 'dying' || state.is === 'done' || state.is === 'dead') {
           await hold.settleAnyway('+ACK')
@@ -335,7 +360,7 @@ export class NatsJobs implements JobQueue {
         }
       }
     } catch (error) {
-      hold.end()
+      hold.handBack(FAILED_MS)
       throw error
     }
   }
@@ -404,7 +429,8 @@ export class NatsJobs implements JobQueue {
       // Whoever gets it next does the rest. Of somebody else's claim it is the ticket, too.
       if (isOther) hold.end()
       else await hold.settleAnyway('-NAK')
-      if (!found || found.state.is === 'done') return 'gone'
+      if (!found) return (await this.#records.isGone(queue, id)) ? 'gone' : 'mine'
+      if (found.state.is === 'done') return 'gone'
       return isOther ? 'other' : 'free'
     },
   }
@@ -458,6 +484,33 @@ export class NatsJobs implements JobQueue {
     await hold.settleAnyway('+ACK')
   }
 
+  /** Where a queue has run empty, a job that waits has no ticket. */
+  #sweepNowAndThen(queue: string): void {
+    const { clock, jobAckWaitMs } = this.#context
+    const strandedMs = STRANDED_ACK_WAITS * jobAckWaitMs
+    const due = this.#sweeps.get(queue)
+    if (due !== undefined && clock.now() < due) return
+    this.#sweeps.set(queue, clock.now() + strandedMs)
+    // Whoever has only begun to claim from it leaves that to others.
+    if (due === undefined) return
+    this.#later(async () => {
+      const startedAt = clock.now()
+      await this.#sweep(queue, strandedMs)
+      this.#sweeps.set(queue, clock.now() + Math.max(strandedMs, SWEEP_PAUSES * (clock.now() - startedAt)))
+    })
+  }
+
+  async #sweep(queue: string, strandedMs: number): Promise<void> {
+    const before = this.#context.serverClock.now() - strandedMs
+    for (const { data, state, revision } of await this.#records.all(queue)) {
+      const { id, dedupKey } = data
+      if (readySince(data, state) > before) continue
+      // Its enqueuer may have been about to find that an earlier job has the key.
+      if (revision === 0 && dedupKey !== undefined && (await this.#records.record(queue, dedupKey, id, DEDUP_WINDOW_MS)) !== id) continue
+      await this.#records.ticket(queue, id, `swept-${revision}`)
+    }
+  }
+
   /** What is left undone is done by who gets the ticket next. */
   #later(run: () => Promise<void>): void {
     const running = run()
@@ -465,6 +518,13 @@ export class NatsJobs implements JobQueue {
       .finally(() => this.#background.delete(running))
     this.#background.add(running)
   }
+}
+
+/** Since when there is something to do, by the server's time; infinite for one that is done with. */
+function readySince({ enqueuedAt }: JobData, { is, dueAt, until, diedAt }: JobState): number {
+  if (is === 'ready') return Math.max(dueAt, enqueuedAt)
+  if (is === 'running') return until ?? 0
+  return is === 'dying' ? (diedAt ?? 0) : Number.POSITIVE_INFINITY
 }
 
 /** Without what only a running job has. */

@@ -97,6 +97,44 @@ describe.skipIf(missing !== undefined)(`crashes on NATS${missing === undefined ?
     }
   })
 
+  test('J1 a job without a ticket is claimed after a while, but not one whose key is an earlier job’s', async () => {
+    const first = await bus.jobs.enqueue('stranded', { payload: 'first', dedupKey: 'k' })
+    const lost = await bus.jobs.enqueue('stranded', { payload: 'lost' })
+    // Whoever enqueued these died before the ticket, and before finding that the key is taken.
+    await jsm.streams.purge(`${prefix}_work`, { filter: `${prefix}.work.stranded` })
+    const second = `${BigInt(lost) - 1n}`
+    const given = headers()
+    for (const [name, value] of [
+      ['klieo-max-attempts', '5'],
+      ['klieo-priority', '0'],
+      ['klieo-dedup-key', Buffer.from('k').toString('base64url')],
+    ] as const)
+      given.set(name, value)
+    await js.publish(`$KV.${prefix}_jobs.stranded.${second}.data`, 'second', { headers: given })
+    const claimed: string[] = []
+    await eventually(async () => {
+      const job = await bus.jobs.claim('stranded', 'w', LONG_TTL_MS)
+      if (!job) return false
+      claimed.push(job.id)
+      await job.ack()
+      return claimed.length === 2
+    })
+    expect(claimed.sort()).toEqual([first, lost])
+    expect(await bus.jobs.claim('stranded', 'w', LONG_TTL_MS)).toBeNull()
+    expect(await ticketsOf('stranded')).toEqual({})
+    expect((await bus.admin.job(second))?.state).toBe('ready')
+  })
+
+  test('A2 a job whose retrier died before its ticket is claimed after a while', async () => {
+    const id = await bus.jobs.enqueue('retrier', { payload: 'x' })
+    await (await bus.jobs.claim('retrier', 'w', LONG_TTL_MS))!.deadLetter('r')
+    const state = { is: 'ready', attempts: 0, dueAt: Date.now(), round: 1 }
+    await (await open('jobs')).put(`retrier.${id}.state`, JSON.stringify(state))
+    const job = await eventually(() => bus.jobs.claim('retrier', 'w', LONG_TTL_MS))
+    expect(job?.id).toBe(id)
+    await job!.ack()
+  })
+
   test('J1 a ticket too many gives no job twice, and goes', async () => {
     const id = await bus.jobs.enqueue('more', { payload: 'x' })
     for (const extra of ['a', 'b']) await js.publish(`${prefix}.work.more`, id, { msgID: extra })

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { NatsConnection } from '@nats-io/transport-node'
 import { freePort } from './nats-server.ts'
+import type { RouteProxies } from './route-proxies.ts'
 import { eventually } from './wait.ts'
 
 /** Elections take 4 to 9 s, and may be drawn. */
@@ -138,18 +139,23 @@ export class NatsCluster {
   readonly nodes: readonly ClusterNode[]
   readonly #store: string
 
-  private constructor(nodes: readonly ClusterNode[], store: string) {
+  readonly #proxies: RouteProxies | undefined
+
+  private constructor(nodes: readonly ClusterNode[], store: string, proxies: RouteProxies | undefined) {
     this.nodes = nodes
     this.#store = store
+    this.#proxies = proxies
   }
 
-  static async start(): Promise<NatsCluster> {
+  /** @param proxies where servers are to be parted */
+  static async start(proxies?: RouteProxies): Promise<NatsCluster> {
     const store = await mkdtemp(join(tmpdir(), 'klieo-nats-cluster-'))
     const names = ['one', 'two', 'three']
     const ports = await Promise.all(
       names.map(async () => ({ client: await freePort(), route: await freePort(), monitor: await freePort() })),
     )
-    const routes = ports.map(({ route }) => `nats-route://127.0.0.1:${route}`).join(', ')
+    const reached = await Promise.all(ports.map(({ route }, n) => proxies?.before(names[n] as string, route) ?? route))
+    const routes = reached.map((port) => `nats-route://127.0.0.1:${port}`).join(', ')
     const nodes = await Promise.all(
       names.map(async (name, n) => {
         const { client, route, monitor } = ports[n]!
@@ -161,13 +167,13 @@ listen: "127.0.0.1:${client}"
 http: "127.0.0.1:${monitor}"
 max_payload: 16MB
 jetstream { store_dir: "${join(store, name)}", max_file_store: 10GB, max_memory_store: 1GB }
-cluster { name: klieo, listen: "127.0.0.1:${route}", routes: [${routes}] }
+cluster { name: klieo, listen: "127.0.0.1:${route}", advertise: "127.0.0.1:${reached[n]}", routes: [${routes}] }
 `,
         )
         return new ClusterNode(name, client, monitor, config)
       }),
     )
-    const cluster = new NatsCluster(nodes, store)
+    const cluster = new NatsCluster(nodes, store, proxies)
     for (const node of nodes) node.start()
     try {
       await cluster.ready()
@@ -248,6 +254,7 @@ cluster { name: klieo, listen: "127.0.0.1:${route}", routes: [${routes}] }
 
   async remove(): Promise<void> {
     await Promise.all(this.nodes.map((node) => node.stop('SIGKILL')))
+    await this.#proxies?.close()
     await rm(this.#store, { recursive: true, force: true })
   }
 }
