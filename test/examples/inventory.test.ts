@@ -16,7 +16,7 @@ import { complaints, readBusCounts, readCounts } from '../../examples/inventory/
 import { RESULTS, type Result } from '../../examples/inventory/topics.ts'
 import { encode, PostgresBus } from '../../src/index.ts'
 import { type Child, type Exit, startChild } from '../support/child.ts'
-import { type NatsServer, ownNatsServer, whyNoNats } from '../support/nats-server.ts'
+import { type NatsServer, ownNatsServer, whyNoOwnNats } from '../support/nats-server.ts'
 import { databaseUrl, freshSchema } from '../support/server.ts'
 import { session } from '../support/sessions.ts'
 import { eventually } from '../support/wait.ts'
@@ -351,7 +351,7 @@ test.each([
   expect(child.stderr).toMatch(sentence)
 })
 
-const missing = process.env.NATS_URL ? 'it starts its own servers, and NATS_URL is not its own' : whyNoNats()
+const missing = whyNoOwnNats()
 
 describe.skipIf(missing !== undefined)(`the example on NATS${missing === undefined ? '' : ` (${missing})`}`, () => {
   let shared: NatsServer

@@ -9,10 +9,10 @@ import { Kvm } from '@nats-io/kv'
 import { connect, headers, type NatsConnection } from '@nats-io/transport-node'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { NatsBus } from '../../src/nats/index.ts'
-import { type NatsServer, ownNatsServer, whyNoNats } from '../support/nats-server.ts'
+import { type NatsServer, ownNatsServer, whyNoOwnNats } from '../support/nats-server.ts'
 import { eventually } from '../support/wait.ts'
 
-const missing = process.env.NATS_URL ? 'it stops its server, and NATS_URL is not its own' : whyNoNats()
+const missing = whyNoOwnNats()
 const LONG_TTL_MS = 60_000
 setFlagsFromString('--expose-gc')
 const collectGarbage = runInNewContext('gc') as () => void

@@ -4,10 +4,10 @@ import { jetstreamManager } from '@nats-io/jetstream'
 import { connect } from '@nats-io/transport-node'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { NatsBus } from '../../src/nats/index.ts'
-import { type NatsServer, ownNatsServer, whyNoNats } from '../support/nats-server.ts'
+import { type NatsServer, ownNatsServer, whyNoOwnNats } from '../support/nats-server.ts'
 import { eventually } from '../support/wait.ts'
 
-const missing = process.env.NATS_URL ? 'it stops its server, and NATS_URL is not its own' : whyNoNats()
+const missing = whyNoOwnNats()
 const LONG_TTL_MS = 60_000
 const text = (bytes: Uint8Array) => Buffer.from(bytes).toString()
 

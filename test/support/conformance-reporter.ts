@@ -2,9 +2,9 @@ import type { TestCase, TestModule, TestRunEndReason } from 'vitest/node'
 import { type ConformanceTest, conformanceReport } from './conformance-report.ts'
 import { SummaryReporter } from './summary-reporter.ts'
 
-const SUITE = /^conformance of (\S+)/
+const SUITE = /^conformance of (.+)$/
 /** A backend that cannot be run has one test, which says why. */
-const NOT_RUN = /^conformance of (\S+) \((.+)\)$/
+const NOT_RUN = /^conformance of (.+?) \((.+)\)$/
 
 /** Of `npm run conformance`. A test that is skipped by anything else than `supports` fails the run. */
 export default class ConformanceReporter extends SummaryReporter {

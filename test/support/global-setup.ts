@@ -1,6 +1,7 @@
 /**
- * Finds the server of this test run: DATABASE_URL where it is set, else a container where Docker answers, else the embedded
- * server. One line says which, so that nobody has to guess what a result was measured on.
+ * Finds the servers of this test run. Postgres: DATABASE_URL where it is set, else a container where Docker answers, else the embedded
+ * server. NATS: NATS_URL, else the nats-server on the PATH, else a container, else none. A line each says which, so that nobody has to guess
+ * what a result was measured on.
  */
 
 import { execFile } from 'node:child_process'
@@ -8,6 +9,7 @@ import { randomBytes } from 'node:crypto'
 import { promisify } from 'node:util'
 import pg from 'pg'
 import type { TestProject } from 'vitest/node'
+import { NATS_CONFIG, natsServerVersion } from './nats-server.ts'
 import type {} from './server.ts'
 
 interface Server {
@@ -19,29 +21,75 @@ interface Server {
 /** Two workers with several buses each; the 100 of a default server are tight. */
 const MAX_CONNECTIONS = '300'
 const DOCKER_ANSWERS_WITHIN_MS = 3_000
+const NATS_PORT = 4222
 
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
   const prefix = `t${randomBytes(4).toString('hex')}_`
-  const server = await findServer()
+  const docker = dockerAnswers()
+  const [server, nats] = await Promise.all([findServer(docker), findNats(docker)])
   try {
-    process.stdout.write(`Tests run on ${server.what}: PostgreSQL ${await versionOf(server.url)}\n`)
+    process.stdout.write(`Tests run on ${server.what}: PostgreSQL ${await versionOf(server.url)}\nThose of NATS run on ${nats.what}\n`)
   } catch (error) {
-    await server.stop()
+    await Promise.all([server.stop(), nats.stop()])
     throw new Error(`${server.what} does not answer: ${error instanceof Error ? error.message : String(error)}`, { cause: error })
   }
   project.provide('databaseUrl', server.url)
   project.provide('schemaPrefix', prefix)
+  project.provide('nats', { url: nats.url, missing: nats.missing })
   return async () => {
     // A container or the embedded server goes as a whole; a server of the user's own is left as it was found.
     if (server.what.startsWith('DATABASE_URL')) await dropSchemas(server.url, prefix)
-    await server.stop()
+    await Promise.all([server.stop(), nats.stop()])
   }
 }
 
-async function findServer(): Promise<Server> {
+async function findServer(docker: Promise<boolean>): Promise<Server> {
   const url = process.env.DATABASE_URL
   if (url) return { url, what: 'DATABASE_URL', stop: async () => {} }
-  return (await dockerAnswers()) ? startContainer().catch(startEmbeddedInstead) : startEmbedded('the embedded server')
+  return (await docker) ? startContainer().catch(startEmbeddedInstead) : startEmbedded('the embedded server')
+}
+
+interface Nats {
+  /** `undefined`: whoever needs one starts the nats-server on the PATH. */
+  readonly url?: string
+  /** Why there is none. */
+  readonly missing?: string
+  readonly what: string
+  stop(): Promise<void>
+}
+
+async function findNats(docker: Promise<boolean>): Promise<Nats> {
+  const stop = async () => {}
+  const url = process.env.NATS_URL
+  if (url) return { url, what: 'NATS_URL', stop }
+  const version = natsServerVersion()
+  if (version !== undefined) return { what: `the nats-server on the PATH: ${version}`, stop }
+  const none = (why: string): Nats => {
+    const missing = `NATS_URL is not set, no nats-server is installed, and ${why}`
+    return { missing, what: `nothing: ${missing}`, stop }
+  }
+  return (await docker)
+    ? startNatsContainer().catch((error) => none(`Docker could not start the container (${firstLine(error)})`))
+    : none('Docker does not answer')
+}
+
+async function startNatsContainer(): Promise<Nats> {
+  const { GenericContainer, Wait } = await import('testcontainers')
+  const image = process.env.KLIEO_TEST_NATS_IMAGE ?? 'nats:2.9'
+  const config = '/klieo.conf'
+  const container = await new GenericContainer(image)
+    .withCopyContentToContainer([{ content: NATS_CONFIG, target: config }])
+    .withCommand(['-c', config, '-js', '-sd', '/data'])
+    .withExposedPorts(NATS_PORT)
+    .withWaitStrategy(Wait.forLogMessage('Server is ready'))
+    .start()
+  return {
+    url: `${container.getHost()}:${container.getMappedPort(NATS_PORT)}`,
+    what: `Docker (${image})`,
+    stop: async () => {
+      await container.stop()
+    },
+  }
 }
 
 async function dockerAnswers(): Promise<boolean> {
@@ -69,8 +117,11 @@ async function startContainer(): Promise<Server> {
 }
 
 function startEmbeddedInstead(error: unknown): Promise<Server> {
-  const why = error instanceof Error ? error.message.split('\n', 1)[0] : String(error)
-  return startEmbedded(`the embedded server, because Docker could not start the container (${why})`)
+  return startEmbedded(`the embedded server, because Docker could not start the container (${firstLine(error)})`)
+}
+
+function firstLine(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error)).split('\n', 1)[0] as string
 }
 
 async function startEmbedded(what: string): Promise<Server> {

@@ -1,14 +1,15 @@
-/** A nats-server for a test file: NATS_URL where it is set, else one of its own on loopback with a store that goes with it. */
+/** A nats-server for a test file: that of the run (global-setup.ts), or one of its own on loopback with a store that goes with it. */
 
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { connect, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { inject } from 'vitest'
 
 const STARTS_WITHIN_MS = 10_000
 /** The largest payload of a bus is 8 MiB, and its headers come on top. */
-const CONFIG = 'max_payload: 16MB\n'
+export const NATS_CONFIG = 'max_payload: 16MB\n'
 
 export interface NatsServer {
   readonly url: string
@@ -23,18 +24,35 @@ export interface NatsServer {
   remove(): Promise<void>
 }
 
+declare module 'vitest' {
+  interface ProvidedContext {
+    /** See global-setup.ts. */
+    readonly nats: { readonly url: string | undefined; readonly missing: string | undefined }
+  }
+}
+
 /** Why there is none to test on; `undefined`: there is one. */
 export function whyNoNats(): string | undefined {
-  if (process.env.NATS_URL) return undefined
-  const found = spawnSync('nats-server', ['--version'], { encoding: 'utf8' })
-  return found.status === 0 ? undefined : 'no nats-server is installed, and NATS_URL is not set'
+  return inject('nats').missing
+}
+
+/** Why a test cannot have one that it may stop; `undefined`: it can. */
+export function whyNoOwnNats(): string | undefined {
+  if (process.env.NATS_URL) return 'it stops its server, and NATS_URL is not its own'
+  return natsServerVersion() === undefined ? 'it stops its server, and no nats-server is installed' : undefined
+}
+
+/** Of the one on the PATH; `undefined`: there is none. */
+export function natsServerVersion(): string | undefined {
+  const { status, stdout } = spawnSync('nats-server', ['--version'], { encoding: 'utf8' })
+  return status === 0 ? stdout.replace('nats-server:', '').trim() : undefined
 }
 
 /**
  * One of the test's own, which it may stop and start.
  * @param flags besides those that say where it listens and stores
  */
-export async function ownNatsServer(settings = CONFIG, flags: readonly string[] = ['-js']): Promise<NatsServer> {
+export async function ownNatsServer(settings = NATS_CONFIG, flags: readonly string[] = ['-js']): Promise<NatsServer> {
   const store = await mkdtemp(join(tmpdir(), 'klieo-nats-'))
   const config = join(store, 'server.conf')
   await writeFile(config, settings)
@@ -78,10 +96,10 @@ export async function ownNatsServer(settings = CONFIG, flags: readonly string[] 
   }
 }
 
-/** NATS_URL where it is set. */
+/** That of the run, which is shared, or one of the test's own. */
 export async function natsServer(): Promise<Pick<NatsServer, 'url' | 'remove'>> {
-  const url = process.env.NATS_URL
-  return url ? { url, remove: async () => {} } : ownNatsServer()
+  const { url } = inject('nats')
+  return url === undefined ? ownNatsServer() : { url, remove: async () => {} }
 }
 
 export async function freePort(): Promise<number> {
