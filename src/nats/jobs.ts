@@ -187,8 +187,8 @@ export class NatsJobs implements JobQueue {
       if (first === id) made.push({ id, isNew: true })
       else {
         await this.#records.erase(revision)
-        // Whoever wrote the record may have died before the ticket.
-        const found = await this.#records.read(queue, first)
+        // Whoever wrote the record may have died before the ticket. One of this batch gets its own, in its place.
+        const found = made.some(({ id: earlier }) => earlier === first) ? null : await this.#records.read(queue, first)
         if (found?.revision === 0) await this.#records.ticket(queue, first, 0)
         made.push({ id: first, isNew: false })
       }

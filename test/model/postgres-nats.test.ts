@@ -83,6 +83,11 @@ describe.skipIf(missing !== undefined)(`the same traces on Postgres and on NATS$
     { do: 'consume', bus: 0, durable: 0, filter: 0 },
   ])
 
+  same('J8 a job with a dedup key that a batch has twice does not go before what stands before it', [
+    { do: 'enqueueMany', bus: 0, queue: 0, jobs: [{ headers: 0 }, { headers: 0, dedupKey: 0 }, { headers: 0, dedupKey: 0 }] },
+    { do: 'claim', bus: 0, queue: 0, ttlMs: 2 * GRAIN_MS, limit: 0, waitMs: 0 },
+  ])
+
   same('J2 a claim of several jobs gives each of them once, also one whose lease is over at once', [
     { do: 'enqueue', bus: 0, queue: 0, job: { headers: 0, inMs: 2 * GRAIN_MS } },
     { do: 'jobAdmin', bus: 0, job: 0, how: 'retry' },
