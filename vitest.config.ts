@@ -12,7 +12,8 @@ export default defineConfig({
     maxWorkers: 2,
     // A test that passes at the second try is a test that failed.
     retry: 0,
-    testTimeout: 30_000,
+    // Only a failure uses it up: a test may start a dozen processes on a machine that has much else to do.
+    testTimeout: 60_000,
     // Some files start a server of their own.
     hookTimeout: 90_000,
     teardownTimeout: 30_000,

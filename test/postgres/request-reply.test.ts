@@ -353,14 +353,22 @@ describe('what reaches whom', () => {
     })
     relay.holdAnswers()
     const late = outcome(bus.requestReply.request(subject, 'late', { timeoutMs: 5_000 }))
-    await eventually(
+    const deadline = await eventually(
       async () => {
-        const { rowCount } = await observer.query(`select from ${schema}.requests where subject = $1 and claimed_by is not null`, [subject])
-        return rowCount === 1
+        const { rows } = await observer.query(
+          `select deadline::text as deadline from ${schema}.requests where subject = $1 and claimed_by is not null`,
+          [subject],
+        )
+        return (rows[0] as { deadline: string } | undefined)?.deadline ?? null
       },
       { timeoutMs: 5_000, everyMs: 5, what: 'the claim' },
     )
     expect(await late).toBe('timeout')
+    // The deadline is the server's: later than the requester's by as long as the request was on its way.
+    await eventually(async () => {
+      const { rows } = await observer.query('select clock_timestamp() > $1::timestamptz as over', [deadline])
+      return (rows[0] as { over: boolean }).over
+    })
     relay.thaw()
     expect(text(await bus.requestReply.request(subject, 'next', { timeoutMs: 10_000 }))).toBe('next')
     expect(handled).toEqual(['warm', 'next'])
@@ -393,6 +401,15 @@ describe('what reaches whom', () => {
     for (const next of rounds) {
       await locker.query(`begin; lock table ${schema}.requests in access exclusive mode`)
       expect(await outcome(bus.requestReply.request(subject, 'late', { timeoutMs: 50 }))).toBe('timeout')
+      // It waits there, and its deadline is over by the server's clock, too.
+      await eventually(async () => {
+        const { rowCount } = await observer.query(
+          `select from pg_stat_activity where query like '%' || $1 || '%' and wait_event_type = 'Lock'
+             and xact_start < clock_timestamp() - interval '50 ms'`,
+          [`"${schema}".send_request`],
+        )
+        return rowCount === 1
+      })
       await locker.query('commit')
       expect(text(await bus.requestReply.request(subject, next, { timeoutMs: 10_000 }))).toBe(next)
     }

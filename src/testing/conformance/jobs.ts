@@ -376,13 +376,14 @@ export function jobTests<Tx>(suite: Suite<Tx>): void {
         { payload: 'now', delayMs: 0 },
         { payload: 'past', runAt: new Date(0) },
       ])
-      assert.deepEqual(sorted([text((await claimed(bus, queue)).payload), text((await claimed(bus, queue)).payload)]), ['now', 'past'])
-      const rest: string[] = []
-      while (rest.length < 2) {
-        rest.push(text((await claimed(bus, queue, 10_000)).payload))
-        assert.ok(performance.now() - asked >= 800 - 50, `${rest.at(-1)} came after ${performance.now() - asked} ms`)
+      const order: string[] = []
+      while (order.length < 4) {
+        order.push(text((await claimed(bus, queue, 10_000)).payload))
+        const tookMs = performance.now() - asked
+        // Once all are due, which of them goes first is another rule.
+        if (tookMs < 800 - 50) assert.ok(['now', 'past'].includes(order.at(-1)!), `${order.at(-1)} came after ${tookMs} ms`)
       }
-      assert.deepEqual(sorted(rest), ['delayMs', 'runAt'])
+      assert.deepEqual(sorted(order), ['delayMs', 'now', 'past', 'runAt'])
       assert.equal(await bus.jobs.claim(queue, 'w', LONG_TTL_MS, { waitMs: QUIET_MS }), null)
     })
 

@@ -77,10 +77,10 @@ export function leaseTests<Tx>(suite: Suite<Tx>): void {
     suite.test('K5 heartbeats keep it for as long as they come', async (stage) => {
       const [bus, other] = [await stage.open(), await stage.open()]
       const bucket = unique('b')
-      const lease = await bus.kv.lease(bucket, 'k', 1_200)
+      const lease = await bus.kv.lease(bucket, 'k', 2_500)
       let expiresAt = lease.expiresAt.getTime()
       for (let beat = 0; beat < 5; beat++) {
-        await pause(350)
+        await pause(600)
         await lease.heartbeat()
         assert.ok(lease.expiresAt.getTime() > expiresAt, 'a heartbeat extends')
         expiresAt = lease.expiresAt.getTime()
