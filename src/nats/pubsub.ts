@@ -26,7 +26,7 @@ import { type DeliveryBackend, DurableStream, type Fetched } from '../runtime/st
 import { type Context, checkTx, POLL_INTERVAL_MS, PullEar } from './context.ts'
 import { type HeldDelivery, Hold, infoOf, nakVerb } from './deliveries.ts'
 import { type Durable, type Durables, isBeforeStart } from './durables.ts'
-import { pull } from './pull.ts'
+import { LONG_TRANSIT_MS, pull } from './pull.ts'
 import { ownId, pack, unpack, wireId } from './wire.ts'
 
 type Stream = DurableStream<HeldDelivery, never>
@@ -154,6 +154,7 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
         batch: 1,
         waitMs,
         signal: this.#ear.ended,
+        transitMs: LONG_TRANSIT_MS,
       })
       const [msg] = messages
       if (msg) return this.#take(msg)

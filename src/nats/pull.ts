@@ -1,7 +1,7 @@
 /** One pull request to a consumer, and what came of it. */
 
 import { createInbox, type Msg } from '@nats-io/transport-node'
-import type { Context } from './context.ts'
+import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { mapped } from './errors.ts'
 
 export interface PullOptions {
@@ -9,6 +9,8 @@ export interface PullOptions {
   /** Wait so long for the first message; 0: take only what is there. */
   readonly waitMs: number
   readonly signal: AbortSignal
+  /** How long what is large may be on its way. @default 3_500 */
+  readonly transitMs?: number
 }
 
 export interface Pulled {
@@ -22,6 +24,8 @@ export interface Pulled {
 
 /** How long a server may take to say that there is nothing. */
 const SILENCE_MS = 1_500
+/** A payload of 8 MiB over a link of 2 Mbit/s. */
+export const LONG_TRANSIT_MS = 40_000
 /** Who waits is told so often that he still does: a leader that died says nothing. */
 const HEARTBEAT_MS = 2_000
 /** What the server says instead of a message. */
@@ -39,7 +43,7 @@ export function pull(context: Context, stream: string, consumer: string, options
 
 function ask(context: Context, stream: string, consumer: string, options: PullOptions): Promise<Pulled> {
   const { nc, clock } = context
-  const { batch, waitMs, signal } = options
+  const { batch, waitMs, signal, transitMs = ANSWER_WITHIN_MS - SILENCE_MS } = options
   return new Promise((resolve) => {
     const messages: Msg[] = []
     let over = false
@@ -71,9 +75,20 @@ function ask(context: Context, stream: string, consumer: string, options: PullOp
     }
     const onAbort = () => finish('ended')
     let cancel = () => {}
+    let heard = 0
     const watch = (ms: number) => {
       cancel()
-      if (!over) cancel = clock.setTimer(() => finish('silent'), ms, true)
+      heard++
+      if (!over) cancel = clock.setTimer(listen, ms, true)
+    }
+    // What is large may be on its way, and would be given back when it is here: what the server answers now comes after it.
+    const listen = () => {
+      cancel = clock.setTimer(() => finish('silent'), transitMs, true)
+      const before = heard
+      nc.flush().then(
+        () => heard === before && finish('silent'),
+        () => finish('ended'),
+      )
     }
     const beats = waitMs >= 2 * HEARTBEAT_MS
     watch(SILENCE_MS + (beats ? HEARTBEAT_MS : waitMs))

@@ -10,7 +10,7 @@ import type { ChangeSource } from '../runtime/watch.ts'
 import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
 import type { Entries, StoredEntry } from './entries.ts'
-import { pull } from './pull.ts'
+import { LONG_TRANSIT_MS, pull } from './pull.ts'
 
 const BATCH = 250
 const PULL_MS = 20_000
@@ -63,7 +63,12 @@ export class WatchSource implements ChangeSource {
     for (const waitMs of [0, PULL_MS]) {
       // What waits gets the first change at once; what there is to read comes in batches.
       const batch = waitMs === 0 ? BATCH : 1
-      const { messages, how } = await pull(this.#context, this.#entries.stream, this.#consumer, { batch, waitMs, signal: this.#signal })
+      const { messages, how } = await pull(this.#context, this.#entries.stream, this.#consumer, {
+        batch,
+        waitMs,
+        signal: this.#signal,
+        transitMs: LONG_TRANSIT_MS,
+      })
       const changes: KvChange[] = []
       for (const msg of messages) {
         const { seq, consumerSeq, time } = infoOf(msg)

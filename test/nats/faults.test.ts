@@ -244,6 +244,30 @@ describe.skipIf(missing !== undefined)(`faults around NATS${missing === undefine
     }, 30_000)
   }
 
+  test('P5 K6 what takes longer on its way than the server may be silent comes all the same, as the first delivery', async () => {
+    const link = await slowLink(server.url, 2_000_000)
+    const other = await NatsBus.connect({ servers: link.url })
+    const large = await NatsBus.connect({ servers: server.url, maxPayloadBytes: 8 * 1024 * 1024 })
+    try {
+      const payload = new Uint8Array(8 * 1024 * 1024).fill(7)
+      await eventually(() => large.pubsub.publish('slow', payload, { msgId: 'slow' }).then(() => true), { timeoutMs: 20_000 })
+      const stream = await other.pubsub.subscribe('slow', 'slow')
+      const message = (await stream[Symbol.asyncIterator]().next()).value!
+      expect([message.payload.byteLength, message.attempt]).toEqual([payload.byteLength, 1])
+      await message.ack()
+      await stream.close()
+      await eventually(() => large.kv.put('slow', 'k', payload).then(() => true), { timeoutMs: 20_000 })
+      const watch = await other.kv.watch('slow')
+      const change = (await watch[Symbol.asyncIterator]().next()).value!
+      expect(change.operation === 'put' && change.entry.value.byteLength).toBe(payload.byteLength)
+      await watch.close()
+    } finally {
+      await other.close()
+      await large.close()
+      await link.close()
+    }
+  }, 60_000)
+
   test('a bus closes within a second while a listing is under way and the server stands still', async () => {
     const other = await NatsBus.connect({ servers: server.url })
     await pause()
@@ -252,6 +276,7 @@ describe.skipIf(missing !== undefined)(`faults around NATS${missing === undefine
     try {
       const startedAt = performance.now()
       await other.close()
+      const tookMs = performance.now() - startedAt
       await expect(
         Promise.race([
           listing.then(
@@ -260,7 +285,7 @@ describe.skipIf(missing !== undefined)(`faults around NATS${missing === undefine
           ),
         ]),
       ).resolves.toMatch(/closed|read/)
-      expect(performance.now() - startedAt).toBeLessThan(1_000)
+      expect(tookMs).toBeLessThan(1_000)
     } finally {
       server.resume()
     }
@@ -298,6 +323,36 @@ async function refusingServer(port: number) {
   await new Promise<void>((resolve) => void listening.listen(port, '127.0.0.1', resolve))
   gate.close = () => new Promise<void>((resolve) => void listening.close(() => resolve()))
   return gate
+}
+
+/** What the server says comes with so many bytes a second. */
+async function slowLink(target: string, bytesPerSecond: number) {
+  const [host = '', port = ''] = target.split(':')
+  const sockets = new Set<Socket>()
+  const listening = createServer((client) => {
+    const upstream = connectSocket(Number(port), host)
+    for (const socket of [client, upstream]) {
+      sockets.add(socket)
+      socket.on('error', () => {})
+      socket.on('close', () => {
+        client.destroy()
+        upstream.destroy()
+      })
+    }
+    client.on('data', (chunk) => upstream.write(chunk))
+    upstream.on('data', (chunk) => {
+      client.write(chunk)
+      upstream.pause()
+      setTimeout(() => upstream.resume(), (chunk.byteLength / bytesPerSecond) * 1_000)
+    })
+  })
+  await new Promise<void>((resolve) => void listening.listen(0, '127.0.0.1', resolve))
+  const address = listening.address()
+  const close = async () => {
+    for (const socket of sockets) socket.destroy()
+    await new Promise<void>((resolve) => void listening.close(() => resolve()))
+  }
+  return { url: `127.0.0.1:${typeof address === 'object' && address !== null ? address.port : 0}`, close }
 }
 
 /** Passes everything on until the client has written what holds the text; that the server gets, and its answer nobody. */
