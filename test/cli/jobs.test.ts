@@ -25,12 +25,10 @@ afterAll(() => bus.close())
 async function payloads(queue: string): Promise<string[]> {
   const found: string[] = []
   for (;;) {
-    const jobs = await bus.jobs.claimMany(queue, 'test', 30_000, { limit: 1_000 })
+    const jobs = await bus.jobs.claimMany(queue, 'test', 60_000, { limit: 1_000 })
     if (jobs.length === 0) return found
-    for (const job of jobs) {
-      found.push(Buffer.from(job.payload).toString())
-      await job.ack()
-    }
+    found.push(...jobs.map(({ payload }) => Buffer.from(payload).toString()))
+    await Promise.all(jobs.map((job) => job.ack()))
   }
 }
 

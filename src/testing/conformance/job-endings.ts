@@ -369,10 +369,10 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       const [bus, other] = [await stage.open(), await stage.open()]
       const queue = unique('q')
       await bus.jobs.enqueue(queue, { payload: 'x' })
-      const job = await claimed(bus, queue, { ttlMs: 1_200 })
+      const job = await claimed(bus, queue, { ttlMs: 2_500 })
       let expiresAt = job.lease.expiresAt.getTime()
       for (let beat = 0; beat < 5; beat++) {
-        await none(other, queue, 350)
+        await none(other, queue, 600)
         await (beat % 2 ? job.heartbeat() : job.lease.heartbeat())
         assert.ok(job.lease.expiresAt.getTime() >= expiresAt, 'never shortened')
         expiresAt = job.lease.expiresAt.getTime()

@@ -18,6 +18,7 @@ import {
   timed,
   unique,
   within,
+  withinASecond,
 } from './kit.ts'
 
 /** Not over while a test runs. */
@@ -299,7 +300,7 @@ export function jobTests<Tx>(suite: Suite<Tx>): void {
       ])
       await pause(50)
       controller.abort()
-      await within(waiting, 1_000, 'the end of the waiting')
+      await withinASecond(waiting, bus, 'the end of the waiting')
       await bus.jobs.enqueue(queue, { payload: 'x' })
       assert.equal((await claimed(bus, queue)).attempt, 1)
     })

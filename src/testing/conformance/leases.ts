@@ -16,6 +16,7 @@ import {
   timed,
   unique,
   within,
+  withinASecond,
 } from './kit.ts'
 
 /** Short enough to wait for. */
@@ -166,7 +167,7 @@ export function leaseTests<Tx>(suite: Suite<Tx>): void {
       waiting.catch(() => {})
       await pause(50)
       controller.abort()
-      await within(assert.rejects(waiting), 1_000, 'the end of the waiting')
+      await withinASecond(assert.rejects(waiting), bus, 'the end of the waiting')
       await holder.release()
       await other.kv.lease(bucket, 'k', LONG_TTL_MS)
     })

@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict'
 import { BusError, isBusError } from '../../core/errors.ts'
 import type { Bus, KvChange } from '../../core/types.ts'
-import { eventually, pause, Reader, rejects, type Suite, sameBytes, text, unique, within } from './kit.ts'
+import { eventually, PATIENCE_MS, pause, Reader, rejects, type Suite, sameBytes, text, unique, within, withinASecond } from './kit.ts'
 import { drain } from './refusals.ts'
 
 const LONG_TTL_MS = 60_000
@@ -106,8 +106,8 @@ export function lifecycleTests<Tx>(suite: Suite<Tx>): void {
       await (await waiting.next()).ack()
       void waiting.reader.ask()
       await bus.close()
-      await waiting.reader.ended(1_000)
-      assert.equal(await within(loop, 1_000, 'the end of the loop'), 'ended')
+      await waiting.reader.ended()
+      assert.equal(await within(loop, PATIENCE_MS, 'the end of the loop'), 'ended')
     })
 
     suite.where('watch', 'close ends open watches without throwing', async (stage) => {
@@ -145,7 +145,7 @@ export function lifecycleTests<Tx>(suite: Suite<Tx>): void {
       await started.promise
       await pause(50)
       const closing = bus.close()
-      const [claim, claimMany, lease, request] = await within(outcomes, 1_000, 'the end of the waits')
+      const [claim, claimMany, lease, request] = await withinASecond(outcomes, other, 'the end of the waits')
       for (const outcome of [claim, claimMany, lease, request]) {
         if (outcome?.status === 'rejected') await rejects(Promise.reject(outcome.reason), 'closed')
       }

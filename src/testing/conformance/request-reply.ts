@@ -17,7 +17,7 @@ import {
   text,
   timed,
   unique,
-  within,
+  withinASecond,
 } from './kit.ts'
 
 /** Long enough that only a failure uses it up. */
@@ -339,8 +339,12 @@ export function requestReplyTests<Tx>(suite: Suite<Tx>): void {
       request.catch(() => {})
       await eventually(async () => started === 1, 'the request started')
       controller.abort()
-      await within(assert.rejects(request), 1_000, 'the end of the aborted request')
-      await within(assert.rejects(bus.requestReply.request(subject, 'x', { ...AMPLE, signal: AbortSignal.abort() })), 1_000, 'the refusal')
+      await withinASecond(assert.rejects(request), bus, 'the end of the aborted request')
+      await withinASecond(
+        assert.rejects(bus.requestReply.request(subject, 'x', { ...AMPLE, signal: AbortSignal.abort() })),
+        bus,
+        'the refusal',
+      )
       sameBytes(await bus.requestReply.request(subject, 'go', AMPLE), 'done')
     })
 

@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict'
 import type { ClaimedJob } from '../../core/types.ts'
 import { Worker } from '../../runtime/worker.ts'
-import { eventually, pause, QUIET_MS, rejects, type Suite, text, unique, within } from './kit.ts'
+import { eventually, pause, QUIET_MS, rejects, type Suite, text, unique, within, withinASecond } from './kit.ts'
 
 const LONG_TTL_MS = 60_000
 
@@ -321,7 +321,7 @@ export function workerTests<Tx>(suite: Suite<Tx>): void {
       const bus = await stage.open()
       const worker = new Worker(bus.jobs, unique('q'), async () => {})
       await pause(50)
-      await within(worker.stop(), 1_000, 'the stop')
+      await withinASecond(worker.stop(), bus, 'the stop')
     })
 
     suite.test('Worker ends when its bus closes, aborts the signal, and its job goes to others at once', async (stage) => {
