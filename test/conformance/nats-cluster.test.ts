@@ -8,7 +8,7 @@ import { conformance } from '../../src/testing/conformance/index.ts'
 import { NatsCluster, whyNoCluster } from '../support/nats-cluster.ts'
 
 const missing = whyNoCluster()
-const GROUPS = ['entries', 'leases', 'request/reply times', 'enqueue and claim', 'dedup keys']
+const GROUPS = ['entries', 'leases']
 
 if (missing === undefined) {
   const cluster = await NatsCluster.start()
