@@ -158,7 +158,7 @@ describe('kv lease', () => {
       await holder.next(text('told'))
       await holder.exited
     }
-  }, 30_000)
+  })
 
   test('the second Ctrl-C ends it, too, where the release waits for a server that does not answer', async () => {
     const key = fresh('key')
@@ -180,7 +180,7 @@ describe('kv lease', () => {
       return end !== undefined
     })
     expect(end?.code).toBe(130)
-  }, 20_000)
+  })
 
   test('--json is an object, and what the command prints goes to standard error', async () => {
     const key = fresh('key')

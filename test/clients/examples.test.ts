@@ -81,4 +81,5 @@ test.each(examples)(
     expect(await child.kill('SIGTERM')).toEqual({ code: 0, signal: null })
     expect(child.stderr).toBe('')
   },
+  120_000,
 )

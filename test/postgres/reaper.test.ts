@@ -194,7 +194,7 @@ describe('the elected process', () => {
     })
     const { rows } = await observer.query(`select dead::int from ${schema}.queue_stats where queue = 'q'`)
     expect(rows).toEqual([{ dead: 50 }])
-  }, 40_000)
+  })
 
   test('J4 and P6 it buries by itself, within seconds, and who subscribes to the dead letters is woken', async () => {
     await exhaustedJobs('q', 3)

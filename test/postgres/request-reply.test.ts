@@ -165,7 +165,7 @@ describe('who is live', () => {
       vi.useRealTimers()
       await db.close()
     }
-  }, 10_000)
+  })
 
   test('close does not wait for presence and listening connections that nobody answers', async () => {
     await using relay = await Relay.start(connectionString)

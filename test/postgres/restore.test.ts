@@ -174,7 +174,7 @@ describe.skipIf(installed === undefined)('a database restored from a dump', () =
     const last = await restored.kv.put('settings', 'colour', 'green')
     const third = await changes.next()
     expect(third.value).toMatchObject({ operation: 'put', entry: { key: 'colour', revision: last } })
-  }, 30_000)
+  })
 
   test('P9 a bus that lives through the exchange of its server repairs it before it publishes, and its stream goes on', async () => {
     const schema = 'exchanged'

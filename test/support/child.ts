@@ -89,9 +89,9 @@ export class Child implements AsyncDisposable {
 
   /**
    * The first unread line that matches; it counts as read, those before it do not.
-   * @throws when none came within `timeoutMs` (15_000), or the process ended without one
+   * @throws when none came within `timeoutMs` (30_000), or the process ended without one
    */
-  async next<T extends Line = Line>(matches: (line: Line) => boolean = () => true, timeoutMs = 15_000): Promise<T> {
+  async next<T extends Line = Line>(matches: (line: Line) => boolean = () => true, timeoutMs = 30_000): Promise<T> {
     const at = this.#unread.findIndex(matches)
     if (at >= 0) return this.#unread.splice(at, 1)[0] as T
     if (this.#over) throw this.#ended()

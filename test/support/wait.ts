@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 
 export interface EventuallyOptions {
-  /** @default 10_000 */
+  /** @default 20_000 */
   readonly timeoutMs?: number
   /** @default 20 */
   readonly everyMs?: number
@@ -15,7 +15,7 @@ export interface EventuallyOptions {
  * @throws after `timeoutMs`, with the last error of `check` as the cause
  */
 export async function eventually<T>(check: () => T | Promise<T>, options: EventuallyOptions = {}): Promise<T> {
-  const { timeoutMs = 10_000, everyMs = 20, what = 'what was waited for' } = options
+  const { timeoutMs = 20_000, everyMs = 20, what = 'what was waited for' } = options
   const deadline = performance.now() + timeoutMs
   for (;;) {
     let last: string
