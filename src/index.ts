@@ -1,3 +1,4 @@
+export { Bridge, type BridgedBus, type BridgeOptions, type BridgeStats, type BridgeStopOptions } from './bridge/index.ts'
 export {
   type BucketContract,
   bytes,

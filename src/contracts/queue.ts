@@ -19,8 +19,8 @@ import {
 } from '../core/index.ts'
 import { Worker, type WorkerOptions } from '../runtime/worker.ts'
 import { partOf, writeEach } from './calls.ts'
-import { INVALID_PAYLOAD } from './dead-letter.ts'
 import { Form, type Format, type FormatOptions, type InputOf, type OutputOf } from './format.ts'
+import { INVALID_PAYLOAD } from './reason.ts'
 
 /** What a job has besides its data. */
 export type TypedJobOptions = Omit<Job, 'payload'>

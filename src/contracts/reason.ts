@@ -8,6 +8,10 @@
  */
 
 import type { StandardSchemaV1 } from '@standard-schema/spec'
+import { oneLine } from '../runtime/error-text.ts'
+
+/** What the reason of a dead letter begins with. */
+export const INVALID_PAYLOAD = 'invalid_payload'
 
 /** What to say of one issue, beside its path. */
 export type Explain = (issue: StandardSchemaV1.Issue) => string
@@ -38,15 +42,6 @@ interface Issue extends Pick<StandardSchemaV1.Issue, 'path'> {
   readonly type?: unknown
   /** arktype's, of the branches of a union or an intersection. */
   readonly errors?: unknown
-}
-
-/** Within `longest` characters, well-formed and without control characters. */
-export function oneLine(text: string, longest: number): string {
-  return text
-    .slice(0, longest)
-    .replaceAll(/[\p{Cc}\u2028\u2029]+/gu, ' ')
-    .toWellFormed()
-    .trim()
 }
 
 function describe(issue: StandardSchemaV1.Issue, explain: Explain | undefined): string {

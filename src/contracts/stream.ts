@@ -16,9 +16,10 @@ import {
   type TxOption,
 } from '../core/index.ts'
 import { retryDelayMs } from '../runtime/backoff.ts'
+import { isDeadLetter, publishLetter } from '../runtime/dead-letter.ts'
 import { errorText } from '../runtime/error-text.ts'
-import { INVALID_PAYLOAD, isDeadLetter, publishLetter } from './dead-letter.ts'
 import type { Form, Reading } from './format.ts'
+import { INVALID_PAYLOAD } from './reason.ts'
 
 export interface TypedMsg<Data, Tx = never> extends Msg<Tx> {
   /** What the schema made of the payload. */
@@ -124,7 +125,7 @@ export class ReadingStream<Data, Tx> implements TypedMsgStream<Data, Tx> {
       try {
         // Somebody else who has it by now may have found that it matches; and it stays this stream's until its letter is there.
         await msg.extend()
-        await publishLetter(pubsub, msg as Msg<never>, durable, reason)
+        await publishLetter(pubsub, msg as Msg<never>, durable, INVALID_PAYLOAD, reason)
       } catch (error) {
         if (isBusError(error, 'closed') || isBusError(error, 'lease_lost')) return
         const code = error instanceof BusError ? error.code : 'internal'

@@ -95,7 +95,7 @@ export function checkLimit(value: unknown): asserts value is number {
 }
 
 /** What `subscribe` takes. */
-export const SUBSCRIBE_OPTIONS = ['ackWaitMs', 'maxDeliver', 'maxAckPending', 'maxInFlight', 'start', 'signal'] as const
+export const SUBSCRIBE_OPTIONS = ['ackWaitMs', 'maxDeliver', 'maxAckPending', 'maxInFlight', 'start', 'signal', 'onInterrupted'] as const
 
 export interface CheckedSubscription {
   readonly ackWaitMs: number
@@ -106,7 +106,10 @@ export interface CheckedSubscription {
   readonly start: 'all' | 'new' | { readonly seq: number } | { readonly time: Date }
 }
 
-export function checkSubscription(filter: string, options: Partial<Omit<SubscribeOptions, 'signal'>>): CheckedSubscription {
+export function checkSubscription(
+  filter: string,
+  options: Partial<Omit<SubscribeOptions, 'signal' | 'onInterrupted'>>,
+): CheckedSubscription {
   checkFilter(filter)
   const { ackWaitMs = 30_000, maxDeliver, maxAckPending = 1_000, maxInFlight = 256, start = 'all' } = options
   checkDuration('ackWaitMs', ackWaitMs, 1)

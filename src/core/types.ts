@@ -6,6 +6,7 @@
  */
 
 import type { Admin } from './admin.ts'
+import type { BusError } from './errors.ts'
 
 /** Names are printable ASCII without `:` and space, case-sensitive; values hold no CR, LF or NUL; together at most 64 KiB. */
 export type Headers = Readonly<Record<string, string>>
@@ -91,6 +92,11 @@ export interface SubscribeOptions {
   readonly start?: 'all' | 'new' | { readonly seq: number } | { readonly time: Date }
   /** Aborting it closes the stream. */
   readonly signal?: AbortSignal
+  /**
+   * Told when a fetch failed and the stream goes on: the connection was lost, or the server is away. What that fetch was handed comes again
+   * after its ack wait, behind messages that were published after it.
+   */
+  readonly onInterrupted?: (error: BusError) => void
 }
 
 export interface Pubsub<Tx = never> {

@@ -4,6 +4,7 @@ import {
   checkBatch,
   checkDurable,
   checkEach,
+  checkFunction,
   checkMessage,
   checkSignal,
   checkSubscription,
@@ -54,10 +55,11 @@ export class MemoryPubsub implements Pubsub {
 
   async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream> {
     this.#context.checkOpen()
-    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
+    const { signal, onInterrupted, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
     checkDurable(durable)
     const subscription = checkSubscription(subject, given)
     checkSignal(signal)
+    if (onInterrupted !== undefined) checkFunction('onInterrupted', onInterrupted)
     const { store, messagesMs } = this.#context
     // The caller's objects may change before the turn comes.
     const start = structuredClone(subscription.start)
@@ -72,6 +74,7 @@ export class MemoryPubsub implements Pubsub {
       maxInFlight: subscription.maxInFlight,
       pollIntervalMs: POLL_INTERVAL_MS,
       signal,
+      onInterrupted,
       checkTx,
       isClosed: this.#context.isClosed,
       // A closed stream is kept while it has yielded messages that the bus must hand back.

@@ -1,10 +1,12 @@
 import type { Msg } from '@nats-io/transport-node'
 import {
+  BusError,
   type CheckedMessage,
   type CheckedSubscription,
   checkBatch,
   checkDurable,
   checkEach,
+  checkFunction,
   checkMessage,
   checkSignal,
   checkSubscription,
@@ -34,6 +36,8 @@ type Stream = DurableStream<HeldDelivery, never>
 const AGAIN_MS = 100
 /** So often a member looks whether its durable was moved by somebody who died before he told it. */
 const LOOK_MS = 10_000
+/** Messages of one pull. */
+const BATCH = 256
 /** Publishes of one call under way at once. */
 const WINDOW = 256
 
@@ -74,10 +78,11 @@ export class NatsPubsub implements Pubsub {
 
   async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream> {
     this.#context.checkOpen()
-    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
+    const { signal, onInterrupted, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
     checkDurable(durable)
     const subscription = checkSubscription(subject, given)
     checkSignal(signal)
+    if (onInterrupted !== undefined) checkFunction('onInterrupted', onInterrupted)
     const found = await this.#durables.join(durable, subject, subscription)
     this.#context.checkOpen()
     const { clock, bell, isClosed } = this.#context
@@ -92,6 +97,7 @@ export class NatsPubsub implements Pubsub {
       // JetStream counts a delivery as an attempt, whether it was yielded or not (P10).
       onDemand: true,
       signal,
+      onInterrupted,
       checkTx,
       isClosed,
       // A closed stream is kept while it has yielded messages that the bus must hand back.
@@ -126,6 +132,10 @@ export class NatsPubsub implements Pubsub {
   }
 }
 
+function interrupted(): BusError {
+  return new BusError('connection', 'NATS did not answer a fetch in time, or was away', { retryable: true })
+}
+
 /** One stream's side of a durable. */
 class Member implements DeliveryBackend<HeldDelivery, never> {
   readonly #context: Context
@@ -145,46 +155,55 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
   }
 
   /** First what is there; then the server is asked to send what comes. A server is silent about a consumer that is gone only when asked anew. */
-  async fetch(): Promise<Fetched<HeldDelivery>> {
+  async fetch(limit: number): Promise<Fetched<HeldDelivery>> {
     const { names, clock } = this.#context
     if (clock.now() - this.#lookedAt >= LOOK_MS) await this.#renew()
     for (const waitMs of [0, LOOK_MS]) {
       this.#context.checkOpen()
       const { messages, how } = await pull(this.#context, names.messages, this.#durable.consumer, {
-        batch: 1,
+        // Whoever waits gets the first one when it comes.
+        batch: waitMs === 0 ? Math.min(limit, BATCH) : 1,
         waitMs,
         signal: this.#ear.ended,
         transitMs: LONG_TRANSIT_MS,
       })
-      const [msg] = messages
-      if (msg) return this.#take(msg)
+      const cut = how !== 'answered' && !this.#ear.ended.aborted
+      if (messages.length > 0) return this.#take(messages, cut)
       if (how === 'answered') continue
-      if (this.#ear.ended.aborted) break
-      if (await this.#renew()) break
+      if (!cut || (await this.#renew())) break
       // Nothing was wrong with the durable: the connection was away, or the server busy.
-      return { deliveries: [], more: false, dueInMs: AGAIN_MS }
+      return { deliveries: [], more: false, dueInMs: AGAIN_MS, interrupted: interrupted() }
     }
     return { deliveries: [], more: true, dueInMs: null }
   }
 
-  async #take(msg: Msg): Promise<Fetched<HeldDelivery>> {
-    const { clock, names } = this.#context
-    const arrivedAt = clock.now()
+  async #take(messages: readonly Msg[], cut: boolean): Promise<Fetched<HeldDelivery>> {
+    const handedOutAt = this.#context.clock.now()
+    const taken = await Promise.allSettled(messages.map((msg) => this.#taken(msg)))
+    const deliveries = taken.flatMap((one) => (one.status === 'fulfilled' && one.value !== null ? [one.value] : []))
+    // One whose letter could not be published comes again; the others are there.
+    const failed = taken.find((one) => one.status === 'rejected')
+    if (failed && deliveries.length === 0) throw failed.reason
+    return { deliveries, more: true, dueInMs: null, handedOutAt, ...(cut || failed ? { interrupted: interrupted() } : {}) }
+  }
+
+  /** @returns `null` when it is none of this durable's, or was delivered often enough */
+  async #taken(msg: Msg): Promise<HeldDelivery | null> {
+    const { names } = this.#context
     const { deliveries: attempt, seq, time } = infoOf(msg)
     const { payload, headers } = unpack(msg.headers, msg.data)
     const { ackWaitMs, maxDeliver } = this.#wanted
     const hold = new Hold(this.#context, msg, this.#durable.ackWaitMs, ackWaitMs)
     const delivery = { subject: names.subjectOf(msg.subject), payload, headers, seq, attempt, publishedAt: new Date(time), hold }
-    const nothing = { deliveries: [], more: true, dueInMs: null }
     if (isBeforeStart(this.#durable.start, seq, time)) {
       await hold.settle('+TERM')
-      return nothing
+      return null
     }
     if (maxDeliver !== null && attempt > maxDeliver) {
       await this.#bury(delivery, attempt - 1)
-      return nothing
+      return null
     }
-    return { deliveries: [delivery], more: true, dueInMs: null, handedOutAt: arrivedAt }
+    return delivery
   }
 
   ack({ hold }: HeldDelivery): Promise<boolean> {

@@ -5,6 +5,7 @@ import {
   checkBatch,
   checkDurable,
   checkEach,
+  checkFunction,
   checkMessage,
   checkSignal,
   checkSubscription,
@@ -142,10 +143,11 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
 
   async subscribe(subject: string, durable: string, options: SubscribeOptions = {}): Promise<MsgStream<PostgresTx>> {
     this.#context.checkOpen()
-    const { signal, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
+    const { signal, onInterrupted, ...given } = optionsOf(options, SUBSCRIBE_OPTIONS)
     checkDurable(durable)
     const subscription = checkSubscription(subject, given)
     checkSignal(signal)
+    if (onInterrupted !== undefined) checkFunction('onInterrupted', onInterrupted)
     const consumer = await this.#findOrCreate(subject, durable, subscription)
     this.#context.checkOpen()
     const { bell, clock, pollIntervalMs } = this.#context
@@ -157,6 +159,7 @@ export class PostgresPubsub implements Pubsub<PostgresTx> {
       maxInFlight: subscription.maxInFlight,
       pollIntervalMs,
       signal,
+      onInterrupted,
       checkTx,
       isClosed: this.#context.isClosed,
       onClose: (closed) => this.#closed(closed),

@@ -10,3 +10,12 @@ export function errorText(error: unknown): string {
   }
   return text.replaceAll('\0', '').toWellFormed().slice(0, LONGEST).toWellFormed()
 }
+
+/** Within `longest` characters, well-formed and without control characters. */
+export function oneLine(text: string, longest: number): string {
+  return text
+    .slice(0, longest)
+    .replaceAll(/[\p{Cc}\u2028\u2029]+/gu, ' ')
+    .toWellFormed()
+    .trim()
+}

@@ -47,6 +47,8 @@ export interface Fetched<D> {
   readonly more: boolean
   /** When the next redelivery of this durable is due; `null`: none is waiting. */
   readonly dueInMs: number | null
+  /** It may have been handed more, which did not arrive. */
+  readonly interrupted?: BusError
   /** Local time before which none of it was handed out, where the fetch may have waited. @default when it was sent */
   readonly handedOutAt?: number
 }
@@ -75,6 +77,7 @@ export interface StreamOptions<D extends Delivery, Tx> {
   /** Fetch no more than was asked for, where a message that is handed back counts as an attempt all the same. @default false */
   readonly onDemand?: boolean
   readonly signal: AbortSignal | undefined
+  readonly onInterrupted?: ((error: BusError) => void) | undefined
   /** Checks a caller's transaction; throws `unsupported` where there are none. */
   checkTx(tx: Tx | undefined): void
   isClosed(): boolean
@@ -286,22 +289,36 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
         failures = 0
         if (redeliveries === this.#redeliveries) this.#redelivering = false
         this.#backlog = fetched.deliveries.length === limit
+        if (fetched.interrupted) this.#tell(fetched.interrupted)
         this.#take(fetched.deliveries, fetched.handedOutAt ?? sentAt)
         if (fetched.deliveries.length > 0 || fetched.more || this.#redelivering || this.#waiters.length === 0) continue
         await ear.wait(Math.max(1, Math.min(jittered(pollIntervalMs), fetched.dueInMs ?? pollIntervalMs)))
       } catch (error) {
         if (this.#options.isClosed() || isBusError(error, 'closed')) return void this.close()
+        const passes = error instanceof BusError && PASSING.has(error.code)
+        if (passes) this.#tell(error)
         // Whoever asks next meets it, if it lasts.
         if (this.#waiters.length === 0) {
           this.#backlog = false
           return
         }
-        if (!(error instanceof BusError) || !PASSING.has(error.code)) return this.#fail(error)
+        if (!passes) return this.#fail(error)
         this.#redelivering = false
         this.#serve()
         await ear.wait(reconnectDelayMs(++failures))
       }
     } while (!this.#closing && this.#waiters.length > 0)
+  }
+
+  /** What the callback throws is thrown where nobody catches it, and does not end the loop. */
+  #tell(error: BusError): void {
+    try {
+      this.#options.onInterrupted?.(error)
+    } catch (thrown) {
+      queueMicrotask(() => {
+        throw thrown
+      })
+    }
   }
 
   /** How long until a yielded message that nobody settles stops counting. */

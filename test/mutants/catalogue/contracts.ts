@@ -3,7 +3,7 @@
 import type { Mutant } from '../mutant.ts'
 
 const FORMAT = 'src/contracts/format.ts'
-const LETTER = 'src/contracts/dead-letter.ts'
+const LETTER = 'src/runtime/dead-letter.ts'
 const STREAM = 'src/contracts/stream.ts'
 const SUBJECTS = 'test/contracts/subject.test.ts'
 const LETTERS = 'test/contracts/dead-letters.test.ts'

@@ -1,18 +1,16 @@
 /**
- * What becomes of a message that does not match: it is published on `<durable>.dlq`, as the bus itself does at the last delivery (P6), and then ended
- * for its durable.
+ * What becomes of a message that its durable can do nothing with: it is published on `<durable>.dlq`, as the bus itself does at the last delivery
+ * (P6), and then ended for its durable.
  */
 
 import { type Headers, isBusError, type Msg, type Pubsub } from '../core/index.ts'
-import { oneLine } from './reason.ts'
-
-export const INVALID_PAYLOAD = 'invalid_payload'
+import { oneLine } from './error-text.ts'
 
 /** What is left of the reason where there is too little room. */
 const SHORT_REASON = 200
 
 /**
- * A letter gets no letter: it is where it belongs. One that does not match its own durable either (a durable on `>` gets its own) would otherwise be
+ * A letter gets no letter: it is where it belongs. One that its own durable can do nothing with either (a durable on `>` gets its own) would otherwise be
  * followed by another without end, and those of two such durables by one another's.
  */
 export function isDeadLetter({ subject, headers }: Pick<Msg, 'subject' | 'headers'>): boolean {
@@ -20,12 +18,19 @@ export function isDeadLetter({ subject, headers }: Pick<Msg, 'subject' | 'header
 }
 
 /**
- * Stores the letter once, however often it is tried within the duplicate window (P12): it is named by its durable and message.
+ * Stores the letter once, however often it is tried within the duplicate window (P12): it is named by its kind, durable and message.
+ * @param kind what its reason begins with: `invalid_payload`
  * @throws whatever keeps it from being published
  */
-export async function publishLetter(pubsub: Pick<Pubsub, 'publish'>, msg: Msg<never>, durable: string, reason: string): Promise<void> {
-  const letters = lettersOf(msg, `${INVALID_PAYLOAD}: ${reason}`)
-  const msgId = `${INVALID_PAYLOAD}:${durable}:${msg.seq}`
+export async function publishLetter(
+  pubsub: Pick<Pubsub, 'publish'>,
+  msg: Msg<never>,
+  durable: string,
+  kind: string,
+  reason: string,
+): Promise<void> {
+  const letters = lettersOf(msg, `${kind}: ${reason}`)
+  const msgId = `${kind}:${durable}:${msg.seq}`
   for (const [n, { payload, headers }] of letters.entries()) {
     try {
       await pubsub.publish(`${durable}.dlq`, payload, { headers, msgId })

@@ -1,0 +1,1 @@
+export { Bridge, type BridgedBus, type BridgeOptions, type BridgeStats, type BridgeStopOptions } from './bridge.ts'
