@@ -173,6 +173,7 @@ export class Bridge implements AsyncDisposable {
   async #hold(lease: Lease, fromId: string, toId: string): Promise<void> {
     const guard = new Guard(lease, this.#options.ackWaitMs)
     const { signal } = this.#stopping
+    let afterFailure = false
     try {
       while (!signal.aborted && (await guard.begin())) {
         const relay = new Relay({
@@ -184,6 +185,7 @@ export class Bridge implements AsyncDisposable {
           toId,
           counts: this.#counts,
           published: this.#published,
+          afterFailure,
           mayPublish: () => guard.holds,
           lost: lease.signal,
           onState: (state) => {
@@ -199,7 +201,7 @@ export class Bridge implements AsyncDisposable {
         } catch (error) {
           if (!passes(error)) throw error
           this.#tell(error)
-          await this.#pause(reconnectDelayMs(3))
+          afterFailure = true
         } finally {
           signal.removeEventListener('abort', onStop)
           this.#relay = undefined

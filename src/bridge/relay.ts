@@ -42,6 +42,8 @@ export interface RelayOptions {
   readonly counts: { relayed: number; duplicates: number; skipped: number; refused: number }
   /** Ids of what is published and not known to be acked. */
   readonly published: Set<string>
+  /** An earlier reading of this process ended by a failure. */
+  readonly afterFailure: boolean
   /** The lease is ours for certain. */
   mayPublish(): boolean
   /** Aborted when the lease is known to be lost. */
@@ -72,6 +74,8 @@ const MAX_ACK_PENDING = 100_000
 /** How long what was held may take to be handed back. */
 const HAND_BACK_MS = 2_000
 const LOOK_MS = 100
+const UNCERTAIN_MS = 20
+const STALE_MS = 1_000
 const TELL_EVERY_MS = 1_000
 const LONGEST_LOOK_MS = 2_000
 /** Of ids that are remembered; a message that never comes again keeps its own for ever. */
@@ -120,6 +124,8 @@ export class Relay {
     let cancelBeat: (() => void) | undefined
     try {
       onState('recovering')
+      // A statement whose client is gone may be running still, and hand out messages.
+      if (this.#options.afterFailure) await this.#pause(STALE_MS)
       const out = await this.#handedOut()
       if (this.#ending.signal.aborted || lost.aborted) return
       this.#recovering = out > 0 ? { missing: out, extra: out } : undefined
@@ -305,7 +311,9 @@ export class Relay {
   async #publish(batch: readonly Held[]): Promise<boolean> {
     const { to, counts, mayPublish } = this.#options
     for (let failures = 1; ; failures++) {
-      if (this.#ending.signal.aborted || !mayPublish()) return false
+      // Not for certain at the moment: a heartbeat is late, and either comes or ends this.
+      while (!this.#ending.signal.aborted && !mayPublish()) await this.#pause(UNCERTAIN_MS)
+      if (this.#ending.signal.aborted) return false
       try {
         const messages = batch.map((held) => this.#relayed(held))
         const [first] = messages as [Message]

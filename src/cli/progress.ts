@@ -30,6 +30,21 @@ export function progressOn(stream: NodeJS.WriteStream, what: string): Progress {
   }
 }
 
+export interface StatusLine {
+  show(text: string): void
+  /** Takes the line away. */
+  end(): void
+}
+
+/** A line that is written over, silent where nobody watches. */
+export function lineOn(stream: NodeJS.WriteStream): StatusLine {
+  if (!stream.isTTY) return { show: () => {}, end: () => {} }
+  return {
+    show: (text) => void stream.write(`\r\x1b[K${text.slice(0, (stream.columns || 80) - 1)}`),
+    end: () => void stream.write('\r\x1b[K'),
+  }
+}
+
 export function progressLine(count: number, what: string, tookMs: number, part?: number): string {
   const rate = tookMs > 0 ? `, ${number(Math.round((count * 1_000) / tookMs))}/s` : ''
   if (part === undefined) return `${number(count)} ${what}${rate}`

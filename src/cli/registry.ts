@@ -24,6 +24,7 @@ const GROUPS: readonly Group[] = [
   { words: ['jobs'], load: async () => (await import('./commands/jobs.ts')).COMMANDS },
   { words: ['dead'], load: async () => (await import('./commands/dead.ts')).COMMANDS },
   { words: ['consumers'], load: async () => (await import('./commands/consumers.ts')).COMMANDS },
+  { words: ['bridge'], load: async () => (await import('./commands/bridge.ts')).COMMANDS },
   { words: ['completion'], load: async () => (await import('./commands/completion.ts')).COMMANDS },
 ]
 

@@ -9,7 +9,7 @@ export class Session {
   readonly #url: string | undefined
   readonly #schema: string | undefined
   #target: Target | undefined
-  readonly #buses: PostgresBus[] = []
+  readonly #buses: Pick<PostgresBus, 'close'>[] = []
 
   constructor(output: Output, url: string | undefined, schema: string | undefined) {
     this.output = output
@@ -24,7 +24,11 @@ export class Session {
 
   /** A bus that is closed when the command has ended. */
   async connect(options: ConnectOptions = {}): Promise<PostgresBus> {
-    const bus = await connect(this.target, options)
+    return this.own(await connect(this.target, options))
+  }
+
+  /** Closed when the command has ended. */
+  own<T extends Pick<PostgresBus, 'close'>>(bus: T): T {
     this.#buses.push(bus)
     return bus
   }

@@ -93,8 +93,8 @@ export interface SubscribeOptions {
   /** Aborting it closes the stream. */
   readonly signal?: AbortSignal
   /**
-   * Told when a fetch failed and the stream goes on: the connection was lost, or the server is away. What that fetch was handed comes again
-   * after its ack wait, behind messages that were published after it.
+   * Told when what was fetched has not been yielded, and the stream goes on: a fetch failed (the connection was lost, the server is away), it came
+   * too late, or nobody asked for its messages. They come again, and perhaps behind others that were published after them.
    */
   readonly onInterrupted?: (error: BusError) => void
 }

@@ -1,5 +1,5 @@
 import { jetstream, jetstreamManager, RetentionPolicy, StorageType, type StreamConfig } from '@nats-io/jetstream'
-import { connect, type NatsConnection, type NodeConnectionOptions } from '@nats-io/transport-node'
+import { connect, credsAuthenticator, type NatsConnection, type NodeConnectionOptions } from '@nats-io/transport-node'
 import {
   type Bus,
   BusError,
@@ -37,13 +37,18 @@ export interface NatsBusOptions {
   readonly pass?: string
   readonly token?: string
   readonly authenticator?: NodeConnectionOptions['authenticator']
+  /** The contents of a `.creds` file. */
+  readonly credentials?: string
   readonly tls?: NodeConnectionOptions['tls']
   /** What its streams, buckets and subjects begin with: 1 to 32 characters of A-Z a-z 0-9 _ -. @default 'klieo' */
   readonly prefix?: string
   /** Of the streams it makes: 1, 3 or 5 servers of a cluster. @default 1 */
   readonly replicas?: number
-  /** The largest payload; 1 byte to 8 MiB, and below the server's `max_payload`. @default 1 MiB, or what the server takes if that is less */
-  readonly maxPayloadBytes?: number
+  /**
+   * The largest payload; 1 byte to 8 MiB, and below the server's `max_payload`. `'server'`: what that allows, and at most 8 MiB.
+   * @default 1 MiB, or what the server takes if that is less
+   */
+  readonly maxPayloadBytes?: number | 'server'
   readonly retention?: {
     /** The age at which messages are removed, whether or not a durable has been past them (P13). Only for a stream that does not exist yet. @default 7 days */
     readonly messagesMs?: number
@@ -105,6 +110,7 @@ export class NatsBus implements Bus<never> {
       'pass',
       'token',
       'authenticator',
+      'credentials',
       'tls',
       'prefix',
       'replicas',
@@ -116,7 +122,8 @@ export class NatsBus implements Bus<never> {
     if (typeof prefix !== 'string' || !/^[A-Za-z0-9_-]{1,32}$/.test(prefix))
       throw invalid('prefix', prefix, 'must be 1 to 32 characters of A-Z a-z 0-9 _ -')
     checkInteger('replicas', replicas, 1, 5)
-    if (maxPayloadBytes !== undefined) checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)
+    if (maxPayloadBytes !== undefined && maxPayloadBytes !== 'server')
+      checkInteger('maxPayloadBytes', maxPayloadBytes, 1, LARGEST_MAX_PAYLOAD_BYTES)
     checkDuration('jobAckWaitMs', jobAckWaitMs, 100)
     const { messagesMs = WEEK_MS } = optionsOf(given.retention, ['messagesMs'], 'retention')
     checkDuration('retention.messagesMs', messagesMs, DUPLICATE_WINDOW_MS)
@@ -136,6 +143,9 @@ export class NatsBus implements Bus<never> {
         ...(given.pass === undefined ? {} : { pass: given.pass }),
         ...(given.token === undefined ? {} : { token: given.token }),
         ...(given.authenticator === undefined ? {} : { authenticator: given.authenticator }),
+        ...(given.credentials === undefined
+          ? {}
+          : { authenticator: credsAuthenticator(new TextEncoder().encode(checkedCredentials(given.credentials))) }),
         ...(given.tls === undefined ? {} : { tls: given.tls }),
       }),
     )
@@ -154,13 +164,14 @@ export class NatsBus implements Bus<never> {
       readonly replicas: number
       readonly messagesMs: number
       readonly jobAckWaitMs: number
-      readonly maxPayloadBytes: number | undefined
+      readonly maxPayloadBytes: number | 'server' | undefined
     },
   ): Promise<NatsBus> {
     const { replicas, messagesMs, jobAckWaitMs } = options
     // Headers and what the bus adds to them go along.
     const room = (nc.info?.max_payload ?? DEFAULT_MAX_PAYLOAD_BYTES) - 2 * MAX_HEADER_BYTES
-    const maxPayloadBytes = options.maxPayloadBytes ?? Math.min(DEFAULT_MAX_PAYLOAD_BYTES, room)
+    const most = options.maxPayloadBytes === 'server' ? LARGEST_MAX_PAYLOAD_BYTES : DEFAULT_MAX_PAYLOAD_BYTES
+    const maxPayloadBytes = typeof options.maxPayloadBytes === 'number' ? options.maxPayloadBytes : Math.min(most, room)
     if (maxPayloadBytes > room) {
       throw new BusError(
         'unsupported',
@@ -291,6 +302,12 @@ export class NatsBus implements Bus<never> {
   #forgetPulls(): void {
     for (const callback of [...this.#reconnected]) callback()
   }
+}
+
+function checkedCredentials(value: unknown): string {
+  // Never the value: it is secret.
+  if (typeof value !== 'string') throw invalid('credentials', typeof value, 'must be the text of a .creds file')
+  return value
 }
 
 /** Makes it, or checks that it is the bus's. */

@@ -217,7 +217,8 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
       if (!held || (this.#redelivering && held.delivery.attempt === 1)) return undefined
       this.#buffer.shift()
       if (this.#options.clock.now() < held.deadline) return held
-      // ran out before it was yielded
+      // Ran out before it was yielded: it comes again when its time is over on the server, too.
+      this.#tell(new BusError('timeout', `${held.describe()} was fetched so late that its ack wait was over`, { retryable: true }))
     }
   }
 
@@ -363,6 +364,7 @@ export class DurableStream<D extends Delivery, Tx> implements MsgStream<Tx> {
         const stale = all.filter((held) => held.fetchedAt + ackWaitMs / 2 <= now)
         this.#buffer.push(...all.filter((held) => held.fetchedAt + ackWaitMs / 2 > now))
         if (stale.length > 0) {
+          this.#tell(new BusError('timeout', `${stale.length} messages that nobody asked for in time went back`, { retryable: true }))
           this.#batch = Math.max(1, Math.floor(this.#batch / 2))
           this.#batchStartedAt = 0
           void this.#release(stale)

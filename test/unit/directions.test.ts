@@ -24,7 +24,7 @@ const ALLOWED: Readonly<Record<string, readonly string[]>> = {
   // The suite and the embedded server are for everybody's backend.
   testing: ['core', 'runtime'],
   // What a user could write himself; testing for the embedded server of `up`.
-  cli: ['index.ts', 'testing'],
+  cli: ['index.ts', 'nats', 'testing'],
   'index.ts': ['core', 'runtime', 'contracts', 'bridge', 'postgres'],
 }
 

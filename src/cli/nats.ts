@@ -1,0 +1,93 @@
+/** Which NATS: `--nats`, else NATS_URL, else 127.0.0.1:4222. */
+
+import { readFile } from 'node:fs/promises'
+import type { NatsBus, NatsBusOptions } from '../nats/index.ts'
+import type { OptionSpecs } from './command.ts'
+import { EXIT, Failure, isBusFailure, sentence, UsageError } from './failure.ts'
+
+export const NATS_OPTIONS = {
+  nats: {
+    type: 'text',
+    value: 'URL',
+    description: 'nats://[USER:PASSWORD@]HOST[:PORT], several with commas, tls:// for TLS; else NATS_URL, else 127.0.0.1:4222',
+  },
+  'nats-prefix': { type: 'text', value: 'NAME', description: 'what its streams and subjects begin with', default: 'klieo' },
+  'nats-creds': { type: 'text', value: 'FILE', description: 'a .creds file of NATS' },
+} as const satisfies OptionSpecs
+
+export interface NatsTarget {
+  readonly options: NatsBusOptions
+  /** Where it was found and what it is, without a password. */
+  readonly what: string
+}
+
+interface Given {
+  readonly nats: string | undefined
+  readonly 'nats-prefix': string
+  readonly 'nats-creds': string | undefined
+}
+
+export async function findNats(given: Given, env: NodeJS.ProcessEnv): Promise<NatsTarget> {
+  const source = given.nats === undefined ? 'NATS_URL' : '--nats'
+  const text = given.nats ?? (env.NATS_URL || undefined)
+  const urls = text?.split(',').map((one) => urlOf(source, one.trim()))
+  const [first] = urls ?? []
+  const user = first && decodeURIComponent(first.username)
+  const pass = first && decodeURIComponent(first.password)
+  const servers = urls?.map(({ hostname, port }) => `${hostname}:${port || '4222'}`)
+  const file = given['nats-creds']
+  return {
+    options: {
+      prefix: given['nats-prefix'],
+      maxPayloadBytes: 'server',
+      ...(servers ? { servers } : {}),
+      ...(user && pass ? { user, pass } : {}),
+      // As other clients of NATS read it.
+      ...(user && !pass ? { token: user } : {}),
+      ...(urls?.some(({ protocol }) => protocol === 'tls:') ? { tls: {} } : {}),
+      ...(file === undefined ? {} : { credentials: await contentsOf(file) }),
+    },
+    what: servers ? `${source}: ${servers.join(', ')}` : 'no --nats and no NATS_URL, so 127.0.0.1:4222',
+  }
+}
+
+/** @throws Failure: cannot be connected to, with what was tried */
+export async function connectNats({ options, what }: NatsTarget): Promise<NatsBus> {
+  const { NatsBus } = await load()
+  try {
+    return await NatsBus.connect(options)
+  } catch (error) {
+    if (!isBusFailure(error)) throw error
+    const code = error.code === 'invalid_argument' ? EXIT.usage : EXIT.failed
+    const text = sentence(error).slice(0, -` [${error.code}]`.length)
+    throw new Failure(code, `${text} (${what}) [${error.code}]`, { cause: error })
+  }
+}
+
+async function load(): Promise<typeof import('../nats/index.ts')> {
+  try {
+    return await import('../nats/index.ts')
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ERR_MODULE_NOT_FOUND') throw error
+    throw new Failure(
+      EXIT.failed,
+      'the clients of NATS are not installed: npm install @nats-io/transport-node @nats-io/jetstream @nats-io/kv [unsupported]',
+      { cause: error },
+    )
+  }
+}
+
+function urlOf(source: string, text: string): URL {
+  const url = URL.parse(/^\w+:\/\//.test(text) ? text : `nats://${text}`)
+  if (!url || !/^(?:nats|tls):$/.test(url.protocol) || url.hostname === '')
+    throw new UsageError(`${source} is not an address of NATS, such as nats://127.0.0.1:4222`)
+  return url
+}
+
+async function contentsOf(file: string): Promise<string> {
+  try {
+    return await readFile(file, 'utf8')
+  } catch (error) {
+    throw new UsageError(`--nats-creds cannot be read: ${sentence(error)}`, { seeHelp: false })
+  }
+}
