@@ -5,6 +5,7 @@ import { klieoJobs, klieoKv, klieoLog, klieoRequests } from './contenders/klieo.
 import type { Contender } from './contenders.ts'
 import type { Kind, Scenario, Sessions } from './scenario.ts'
 import { backlog } from './scenarios/backlog.ts'
+import { bridge } from './scenarios/bridge.ts'
 import { claimAck, drain, enqueue, latency } from './scenarios/jobs.ts'
 import { kv, kvStatements } from './scenarios/kv.ts'
 import { consume, fanout, publish } from './scenarios/log.ts'
@@ -28,6 +29,7 @@ export const scenarios: readonly Scenario[] = [
   snapshotFree,
   snapshotHeld,
   backlog,
+  bridge,
 ]
 
 export type Contenders = { readonly [K in Kind]: readonly Contender<Sessions[K]>[] }
