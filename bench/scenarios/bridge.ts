@@ -47,7 +47,9 @@ async function measureBridge({ servers, quick, serverPid, run }: Setting): Promi
 async function publish(bus: Bus, root: string, subjects: number, count: number): Promise<void> {
   for (let from = 0; from < count; from += BATCH) {
     const size = Math.min(BATCH, count - from)
-    await bus.pubsub.publishMany(Array.from({ length: size }, (_, n) => ({ subject: `${root}.${n % subjects}`, payload: payload(from + n) })))
+    await bus.pubsub.publishMany(
+      Array.from({ length: size }, (_, n) => ({ subject: `${root}.${n % subjects}`, payload: payload(from + n) })),
+    )
   }
 }
 
