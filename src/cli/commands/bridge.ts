@@ -5,7 +5,7 @@ import { aborted, Interrupts } from '../interrupts.ts'
 import { connectNats, findNats, NATS_OPTIONS } from '../nats.ts'
 import type { Output } from '../output.ts'
 import { lineOn } from '../progress.ts'
-import { number } from '../text.ts'
+import { number, plural } from '../text.ts'
 import { startOf } from '../values.ts'
 
 const BACKENDS = ['postgres', 'nats'] as const
@@ -151,7 +151,7 @@ class Report {
   async last(): Promise<void> {
     const { stats } = this.#bridge
     if (this.#output.json) return this.#object(stats)
-    await this.#output.line(`relayed ${number(stats.relayed)} messages${extras(stats)}`)
+    await this.#output.line(`relayed ${plural(stats.relayed, 'message')}${extras(stats)}`)
   }
 
   async #show(): Promise<void> {
