@@ -197,7 +197,7 @@ export class Bridge implements AsyncDisposable {
         const onStop = () => relay.finish(this.#graceMs)
         signal.addEventListener('abort', onStop, { once: true })
         try {
-          await relay.run()
+          afterFailure = await relay.run()
         } catch (error) {
           if (!passes(error)) throw error
           this.#tell(error)

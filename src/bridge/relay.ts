@@ -42,7 +42,7 @@ export interface RelayOptions {
   readonly counts: { relayed: number; duplicates: number; skipped: number; refused: number }
   /** Ids of what is published and not known to be acked. */
   readonly published: Set<string>
-  /** An earlier reading of this process ended by a failure. */
+  /** An earlier reading of this process ended by something that did not arrive. */
   readonly afterFailure: boolean
   /** The lease is ours for certain. */
   mayPublish(): boolean
@@ -99,6 +99,7 @@ export class Relay {
   #recovering: { missing: number; extra: number } | undefined
   #onRecovered: (() => void) | undefined
   #finishing = false
+  #isInterrupted = false
   #toldAt = Number.NEGATIVE_INFINITY
 
   constructor(options: RelayOptions) {
@@ -115,8 +116,11 @@ export class Relay {
     return undefined
   }
 
-  /** @throws what trying again does not mend, and what may be mended by another reading */
-  async run(): Promise<void> {
+  /**
+   * @returns whether it ended because something did not arrive
+   * @throws what trying again does not mend, and what may be mended by another reading
+   */
+  async run(): Promise<boolean> {
     const { from, subject, durable, start, ackWaitMs, maxInFlight, lost, onState } = this.#options
     const end = () => this.#end()
     lost.addEventListener('abort', end, { once: true })
@@ -127,7 +131,7 @@ export class Relay {
       // A statement whose client is gone may be running still, and hand out messages.
       if (this.#options.afterFailure) await this.#pause(STALE_MS)
       const out = await this.#handedOut()
-      if (this.#ending.signal.aborted || lost.aborted) return
+      if (this.#ending.signal.aborted || lost.aborted) return false
       this.#recovering = out > 0 ? { missing: out, extra: out } : undefined
       stream = await from.pubsub.subscribe(subject, durable, {
         start,
@@ -135,7 +139,11 @@ export class Relay {
         maxInFlight: maxInFlight + out,
         maxAckPending: MAX_ACK_PENDING,
         // What it was handed comes after messages that the next fetch brings.
-        onInterrupted: (error) => this.#fail(error),
+        onInterrupted: (error) => {
+          this.#isInterrupted = true
+          this.#trouble(error)
+          this.#end()
+        },
       })
       cancelBeat = this.#extendHeld()
       this.#messages = stream[Symbol.asyncIterator]()
@@ -151,6 +159,7 @@ export class Relay {
       this.#idle()
       await ended(this.#ending.signal)
       if (this.#failure) throw this.#failure.error
+      return this.#isInterrupted
     } finally {
       lost.removeEventListener('abort', end)
       cancelBeat?.()
@@ -231,6 +240,11 @@ export class Relay {
   }
 
   #take(msg: Msg): void {
+    // It was asked for before.
+    if (this.#ending.signal.aborted) {
+      msg.nak().catch(() => {})
+      return
+    }
     const { fromId, toId, published, from } = this.#options
     const id = `bridge:${fromId}:${msg.seq}:${msg.publishedAt.getTime()}`
     const found = this.#held.get(id)
