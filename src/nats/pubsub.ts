@@ -36,6 +36,9 @@ type Stream = DurableStream<HeldDelivery, never>
 const AGAIN_MS = 100
 /** So often a member looks whether its durable was moved by somebody who died before he told it. */
 const LOOK_MS = 10_000
+/** A pull that waits outlives a process that stands still: it must be over before somebody else takes what that had in hand to be all there is. */
+const SHARE_OF_ACK_WAIT = 3
+const LEAST_WAIT_MS = 250
 /** Messages of one pull. */
 const BATCH = 256
 /** Publishes of one call under way at once. */
@@ -158,7 +161,8 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
   async fetch(limit: number): Promise<Fetched<HeldDelivery>> {
     const { names, clock } = this.#context
     if (clock.now() - this.#lookedAt >= LOOK_MS) await this.#renew()
-    for (const waitMs of [0, LOOK_MS]) {
+    const longestMs = Math.min(LOOK_MS, Math.max(LEAST_WAIT_MS, Math.round(this.#wanted.ackWaitMs / SHARE_OF_ACK_WAIT)))
+    for (const waitMs of [0, longestMs]) {
       this.#context.checkOpen()
       const { messages, how } = await pull(this.#context, names.messages, this.#durable.consumer, {
         // Whoever waits gets the first one when it comes.
