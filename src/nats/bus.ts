@@ -143,9 +143,7 @@ export class NatsBus implements Bus<never> {
         ...(given.pass === undefined ? {} : { pass: given.pass }),
         ...(given.token === undefined ? {} : { token: given.token }),
         ...(given.authenticator === undefined ? {} : { authenticator: given.authenticator }),
-        ...(given.credentials === undefined
-          ? {}
-          : { authenticator: credsAuthenticator(new TextEncoder().encode(checkedCredentials(given.credentials))) }),
+        ...(given.credentials === undefined ? {} : { authenticator: authenticatorOf(given.credentials) }),
         ...(given.tls === undefined ? {} : { tls: given.tls }),
       }),
     )
@@ -304,10 +302,18 @@ export class NatsBus implements Bus<never> {
   }
 }
 
-function checkedCredentials(value: unknown): string {
+function authenticatorOf(credentials: unknown) {
   // Never the value: it is secret.
-  if (typeof value !== 'string') throw invalid('credentials', typeof value, 'must be the text of a .creds file')
-  return value
+  const wrong = () => invalid('credentials', typeof credentials, 'must be the text of a .creds file')
+  if (typeof credentials !== 'string') throw wrong()
+  try {
+    const authenticator = credsAuthenticator(new TextEncoder().encode(credentials))
+    // It reads them when it is first asked.
+    authenticator('nonce')
+    return authenticator
+  } catch {
+    throw wrong()
+  }
 }
 
 /** Makes it, or checks that it is the bus's. */

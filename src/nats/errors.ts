@@ -40,6 +40,8 @@ const DUPLICATE_UNDER_WAY = 10_158
 const STREAM_NOT_FOUND = 10_059
 const CONSUMER_NOT_FOUND = 10_014
 const NO_MESSAGE = 10_037
+/** Than the stream takes: somebody has set its max_msg_size. */
+const TOO_LARGE = [10_054, 10_097]
 /** Deleting what was deleted before. */
 const NO_SUCH_SEQUENCE = [10_043, 10_057]
 
@@ -47,6 +49,7 @@ export function natsError(error: unknown): BusError {
   if (error instanceof BusError) return error
   const { name, message, cause } = error instanceof Error ? error : { name: '', message: String(error), cause: undefined }
   if (error instanceof JetStreamApiError) {
+    if (TOO_LARGE.includes(error.code)) return new BusError('payload_too_large', `JetStream: ${message} (${error.code})`, { cause: error })
     // 503: no leader, or out of memory, disk or connections.
     const code = error.status === 503 || error.status === 500 ? 'unavailable' : error.status === 404 ? 'not_found' : 'internal'
     return new BusError(code, `JetStream: ${message} (${error.code})`, { cause: error })
