@@ -30,8 +30,9 @@ import {
 } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { systemClock } from '../runtime/clock.ts'
-import { idOf } from './bus-id.ts'
+import { idOf, longestAckWait } from './kept.ts'
 import { Relay } from './relay.ts'
+import { aborted, within } from './within.ts'
 
 /** What a bridge uses of a bus. */
 export type BridgedBus = Pick<Bus, 'pubsub' | 'kv' | 'admin' | 'supports'>
@@ -72,10 +73,12 @@ export interface BridgeStopOptions {
 
 const LEASE_BUCKET = 'klieo-bridge'
 const LEASE_WAIT_MS = 20_000
+const RELEASE_MS = 2_000
 const PASSING = new Set(['connection', 'unavailable', 'timeout', 'lease_lost', 'lease_held'])
 
 export function passes(error: unknown): error is BusError {
-  return error instanceof BusError && PASSING.has(error.code)
+  // A durable with another filter is a conflict, too, and no reason to try again.
+  return error instanceof BusError && (PASSING.has(error.code) || (error.code === 'conflict' && error.retryable))
 }
 
 /**
@@ -175,9 +178,11 @@ export class Bridge implements AsyncDisposable {
     const { signal } = this.#stopping
     let afterFailure = false
     try {
-      while (!signal.aborted && (await guard.begin())) {
+      const longestAckWaitMs = await this.#patiently(() => longestAckWait(this.#from.kv, this.#options.durable, this.#options.ackWaitMs))
+      while (!signal.aborted && (await guard.begin(signal))) {
         const relay = new Relay({
           ...this.#options,
+          longestAckWaitMs,
           from: this.#from,
           to: this.#to,
           subject: this.#subject,
@@ -209,7 +214,8 @@ export class Bridge implements AsyncDisposable {
       }
     } finally {
       guard.end()
-      await lease.release().catch(() => {})
+      // It ends by itself where the server is away.
+      await within(RELEASE_MS, lease.release())
     }
   }
 
@@ -269,12 +275,13 @@ class Guard {
     return !this.#ended && !this.#lease.signal.aborted && systemClock.now() < this.#until
   }
 
-  /** @returns false when the lease is lost */
-  async begin(): Promise<boolean> {
-    while (!this.#lease.signal.aborted) {
+  /** @returns false when the lease is lost, or the bridge stopped */
+  async begin(stopping: AbortSignal): Promise<boolean> {
+    const over = AbortSignal.any([this.#lease.signal, stopping])
+    while (!over.aborted) {
       this.#cancel?.()
-      if (await this.#beat()) return true
-      if (!this.#lease.signal.aborted) await new Promise((resolve) => setTimeout(resolve, Math.min(250, this.#ttlMs / 10)))
+      if (await Promise.race([this.#beat(), aborted(over).then(() => false)])) return true
+      await Promise.race([new Promise((resolve) => setTimeout(resolve, Math.min(250, this.#ttlMs / 10))), aborted(over)])
     }
     return false
   }

@@ -13,6 +13,7 @@
  * The same holds after a fetch that failed, which may have been handed messages: another reading begins.
  */
 
+import { crc32 } from 'node:zlib'
 import {
   BusError,
   type DurableInfo,
@@ -28,6 +29,7 @@ import { systemClock } from '../runtime/clock.ts'
 import { isDeadLetter, publishLetter } from '../runtime/dead-letter.ts'
 import { errorText } from '../runtime/error-text.ts'
 import { type BridgedBus, type BridgeStats, passes } from './bridge.ts'
+import { aborted, within } from './within.ts'
 
 export interface RelayOptions {
   readonly from: BridgedBus
@@ -39,6 +41,8 @@ export interface RelayOptions {
   readonly start: NonNullable<SubscribeOptions['start']>
   readonly maxInFlight: number
   readonly ackWaitMs: number
+  /** Of an earlier bridge of the durable, or its own. */
+  readonly longestAckWaitMs: number
   readonly counts: { relayed: number; duplicates: number; skipped: number; refused: number }
   /** Ids of what is published and not known to be acked. */
   readonly published: Set<string>
@@ -136,7 +140,8 @@ export class Relay {
       stream = await from.pubsub.subscribe(subject, durable, {
         start,
         ackWaitMs,
-        maxInFlight: maxInFlight + out,
+        // Where the missing come at any time, there must be room for them behind what is held (#room).
+        maxInFlight: from.supports.redeliveryCounts || out === 0 ? Math.min(MAX_ACK_PENDING, maxInFlight + out) : MAX_ACK_PENDING,
         maxAckPending: MAX_ACK_PENDING,
         // What it was handed comes after messages that the next fetch brings.
         onInterrupted: (error) => {
@@ -157,7 +162,7 @@ export class Relay {
       }
       if (!this.#ending.signal.aborted) onState('relaying')
       this.#idle()
-      await ended(this.#ending.signal)
+      await aborted(this.#ending.signal)
       if (this.#failure) throw this.#failure.error
       return this.#isInterrupted
     } finally {
@@ -196,8 +201,8 @@ export class Relay {
    * How many messages an earlier reading had in hand. Where the server tells whose time is over: once that is all of them, so that they come first.
    */
   async #handedOut(): Promise<number> {
-    const { from, durable, ackWaitMs } = this.#options
-    const until = systemClock.now() + 2 * ackWaitMs
+    const { from, durable, longestAckWaitMs } = this.#options
+    const until = systemClock.now() + 2 * longestAckWaitMs
     for (let pauseMs = LOOK_MS; ; pauseMs = Math.min(LONGEST_LOOK_MS, pauseMs * 2)) {
       const found: DurableInfo | undefined = (await from.admin.durables()).find((one) => one.durable === durable)
       if (!found) return 0
@@ -209,27 +214,33 @@ export class Relay {
 
   /** Resolves when they have come, or have not for so long that they will not: a message may have been purged. */
   #recovered(): Promise<void> {
-    const { from, ackWaitMs } = this.#options
+    const { from, ackWaitMs, longestAckWaitMs } = this.#options
     const { promise, resolve } = Promise.withResolvers<void>()
-    const cancel = systemClock.setTimer(resolve, from.supports.redeliveryCounts ? ackWaitMs / 2 : 2 * ackWaitMs)
+    const cancel = systemClock.setTimer(resolve, from.supports.redeliveryCounts ? ackWaitMs / 2 : 2 * longestAckWaitMs)
+    const looking = setInterval(() => this.#ask(from.supports.redeliveryCounts ? 0 : 1), LOOK_MS)
     this.#onRecovered = resolve
     if (this.#ending.signal.aborted || (this.#recovering && this.#recovering.missing <= 0)) resolve()
-    return promise.finally(cancel)
+    return promise.finally(() => {
+      cancel()
+      clearInterval(looking)
+    })
   }
 
   // ------------------------------------------------------------------ reading
 
-  #ask(): void {
-    const most = this.#options.maxInFlight + (this.#recovering?.extra ?? 0)
-    while (this.#messages && !this.#finishing && this.#asking < MOST_ASKS && this.#asking + this.#held.size < most) {
+  /** @param least to ask for where it holds as much as it may: what is missing may be behind that */
+  #ask(least = 0): void {
+    while (this.#messages && !this.#finishing && this.#asking < MOST_ASKS && this.#asking < Math.max(least, this.#room())) {
       if (this.#ending.signal.aborted) return
       this.#asking++
       this.#messages.next().then(
         (next) => {
           this.#asking--
           if (next.done) return this.#end()
+          const { missing = 0 } = this.#recovering ?? {}
           this.#take(next.value)
-          this.#ask()
+          // Where one of the missing has come, the next one may be one, too.
+          this.#ask(this.#recovering && this.#recovering.missing < missing ? this.#recovering.missing : 0)
         },
         (error) => {
           this.#asking--
@@ -239,6 +250,14 @@ export class Relay {
     }
   }
 
+  #room(): number {
+    const { maxInFlight, from } = this.#options
+    if (!this.#recovering) return maxInFlight - this.#held.size
+    const { extra, missing } = this.#recovering
+    // Where they are all due, they come first.
+    return from.supports.redeliveryCounts ? maxInFlight + extra - this.#held.size : maxInFlight - (this.#held.size - (extra - missing))
+  }
+
   #take(msg: Msg): void {
     // It was asked for before.
     if (this.#ending.signal.aborted) {
@@ -246,7 +265,7 @@ export class Relay {
       return
     }
     const { fromId, toId, published, from } = this.#options
-    const id = `bridge:${fromId}:${msg.seq}:${msg.publishedAt.getTime()}`
+    const id = `bridge:${fromId}:${msg.seq}:${msg.publishedAt.getTime()}:${markOf(msg)}`
     const found = this.#held.get(id)
     if (found) {
       found.msg = msg
@@ -254,7 +273,7 @@ export class Relay {
       return
     }
     const isThere = published.has(id)
-    const cameFromThere = msg.headers[BRIDGE_PATH]?.split(',').includes(toId) === true
+    const cameFromThere = isRelayed(msg) && msg.headers[BRIDGE_PATH]?.split(',').includes(toId) === true
     const held: Held = { id, since: systemClock.now(), msg, isPublished: isThere || cameFromThere, isAcking: false }
     this.#held.set(id, held)
     if (held.isPublished) {
@@ -266,11 +285,14 @@ export class Relay {
 
   /** What has not been settled in a third of its ack wait is extended, again and again. */
   #extendHeld(): () => void {
-    const every = this.#options.ackWaitMs / 3
+    const { ackWaitMs, to } = this.#options
+    const every = ackWaitMs / 3
     const timer = setInterval(() => {
       const now = systemClock.now()
       // One that is lost comes again; where the server is away, the next time does it.
       for (const { msg, since } of this.#held.values()) if (now - since >= every / 2) msg.extend().catch(() => {})
+      // Nothing is sent; one that was closed says so.
+      to.pubsub.publishMany([]).catch((error) => this.#fail(error))
     }, every)
     return () => clearInterval(timer)
   }
@@ -291,22 +313,25 @@ export class Relay {
   }
 
   async #drain(key: string, lane: Held[]): Promise<void> {
-    const { published } = this.#options
     while (lane.length > 0) {
       const batch = this.#batchOf(lane)
       if (!(await this.#publish(batch))) return
       lane.splice(0, batch.length)
-      for (const held of batch) {
-        held.isPublished = true
-        published.add(held.id)
-        void this.#ack(held)
-      }
-      for (const id of published) {
-        if (published.size <= MOST_PUBLISHED) break
-        published.delete(id)
-      }
     }
     this.#lanes.delete(key)
+  }
+
+  #done(batch: readonly Held[]): void {
+    const { published } = this.#options
+    for (const held of batch) {
+      held.isPublished = true
+      published.add(held.id)
+      void this.#ack(held)
+    }
+    for (const id of published) {
+      if (published.size <= MOST_PUBLISHED) break
+      published.delete(id)
+    }
   }
 
   #batchOf(lane: readonly Held[]): Held[] {
@@ -336,6 +361,7 @@ export class Relay {
             ? [await to.pubsub.publish(first.subject, first.payload, { headers: first.headers ?? {}, msgId: first.msgId ?? '' })]
             : await to.pubsub.publishMany(messages)
         for (const { duplicate } of acks) duplicate ? counts.duplicates++ : counts.relayed++
+        this.#done(batch)
         return true
       } catch (error) {
         if (error instanceof BusError && REFUSALS.has(error.code)) {
@@ -357,7 +383,7 @@ export class Relay {
 
   #relayed({ id, msg }: Held): Message {
     const { subject, payload, headers } = msg
-    const path = headers[BRIDGE_PATH]
+    const path = isRelayed(msg) ? headers[BRIDGE_PATH] : undefined
     const { fromId } = this.#options
     return {
       subject,
@@ -368,7 +394,8 @@ export class Relay {
   }
 
   /** The letter first: who dies before the ack writes it again, and within the duplicate window that is one. */
-  async #refuse({ msg }: Held, refusal: unknown): Promise<boolean> {
+  async #refuse(held: Held, refusal: unknown): Promise<boolean> {
+    const { msg } = held
     const { from, durable, counts, onError } = this.#options
     for (let failures = 1; ; failures++) {
       if (this.#ending.signal.aborted) return false
@@ -376,6 +403,7 @@ export class Relay {
         if (!isDeadLetter(msg)) await publishLetter(from.pubsub, msg, durable, 'bridge_refused', errorText(refusal))
         counts.refused++
         onError(refusal)
+        this.#done([held])
         return true
       } catch (error) {
         if (!passes(error)) throw error
@@ -402,14 +430,13 @@ export class Relay {
       const { msg } = held
       try {
         await msg.ack()
-        this.#options.published.delete(held.id)
+        // nats-server 2.9 has been seen to send once more what had come again and was acked.
+        if (msg.attempt === 1) this.#options.published.delete(held.id)
         break
       } catch (error) {
-        if (isBusError(error, 'already_settled')) {
-          this.#options.published.delete(held.id)
-          break
-        }
-        // It comes again, or has already, and is acked then.
+        // It was handed back while its publish was on its way: it comes again, and is acked then.
+        if (isBusError(error, 'already_settled')) break
+        // Likewise, or has already.
         if (isBusError(error, 'lease_lost')) {
           if (held.msg !== msg) continue
           break
@@ -431,10 +458,7 @@ export class Relay {
   /** What is not published goes back, for the next reading. */
   async #handBack(stream: MsgStream | undefined): Promise<void> {
     const back = [...this.#held.values()].filter(({ isPublished }) => !isPublished).map(({ msg }) => msg.nak())
-    const { promise, resolve } = Promise.withResolvers<void>()
-    const cancel = systemClock.setTimer(resolve, HAND_BACK_MS)
-    await Promise.race([Promise.allSettled([...back, stream?.close()]), promise])
-    cancel()
+    await within(HAND_BACK_MS, Promise.allSettled([...back, stream?.close()]))
   }
 
   #pause(ms: number): Promise<void> {
@@ -452,7 +476,11 @@ export class Relay {
   }
 }
 
-function ended(signal: AbortSignal): Promise<void> {
-  if (signal.aborted) return Promise.resolve()
-  return new Promise((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
+/** A dead letter and whatever else is made of a relayed message has its headers and is not it: it has another subject. */
+function isRelayed({ subject, headers }: Pick<Msg, 'subject' | 'headers'>): boolean {
+  return headers[BRIDGE_ID]?.endsWith(`:${markOf({ subject })}`) === true
+}
+
+function markOf({ subject }: Pick<Msg, 'subject'>): string {
+  return crc32(subject).toString(36)
 }

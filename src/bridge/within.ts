@@ -1,0 +1,15 @@
+import { systemClock } from '../runtime/clock.ts'
+
+/** Resolves when it has settled, and after so long at the latest: what is asked of a server that is away may take longer than anybody can wait. */
+export async function within(ms: number, settling: Promise<unknown>): Promise<void> {
+  const { promise, resolve } = Promise.withResolvers<void>()
+  const cancel = systemClock.setTimer(resolve, ms)
+  await Promise.race([settling.catch(() => {}), promise])
+  cancel()
+}
+
+/** Resolves when the signal is aborted. */
+export function aborted(signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return Promise.resolve()
+  return new Promise((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
+}
