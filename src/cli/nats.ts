@@ -31,9 +31,9 @@ export async function findNats(given: Given, env: NodeJS.ProcessEnv): Promise<Na
   const source = given.nats === undefined ? 'NATS_URL' : '--nats'
   const text = given.nats ?? (env.NATS_URL || undefined)
   const urls = text?.split(',').map((one) => urlOf(source, one.trim()))
-  const [first] = urls ?? []
-  const user = first && decodeURIComponent(first.username)
-  const pass = first && decodeURIComponent(first.password)
+  const login = urls?.find(({ username }) => username !== '')
+  const user = login && plain(source, login.username)
+  const pass = login && plain(source, login.password)
   const servers = urls?.map(({ hostname, port }) => `${hostname}:${port || '4222'}`)
   const file = given['nats-creds']
   return {
@@ -79,9 +79,24 @@ async function load(): Promise<typeof import('../nats/index.ts')> {
 
 function urlOf(source: string, text: string): URL {
   const url = URL.parse(/^\w+:\/\//.test(text) ? text : `nats://${text}`)
-  if (!url || !/^(?:nats|tls):$/.test(url.protocol) || url.hostname === '')
-    throw new UsageError(`${source} is not an address of NATS, such as nats://127.0.0.1:4222`)
+  // What comes behind an address is the rest of a password with a / ? or # of its own: what stands before it is none of the host's, and is not shown.
+  if (!url || !/^(?:nats|tls):$/.test(url.protocol) || url.hostname === '' || !/^\/?$/.test(url.pathname + url.search + url.hash))
+    throw notAnAddress(source)
   return url
+}
+
+function plain(source: string, text: string): string {
+  try {
+    return decodeURIComponent(text)
+  } catch {
+    throw notAnAddress(source)
+  }
+}
+
+function notAnAddress(source: string): UsageError {
+  return new UsageError(
+    `${source} is not an address of NATS, such as nats://127.0.0.1:4222; in a user or password % / ? # @ , are written as %25 %2F …`,
+  )
 }
 
 async function contentsOf(file: string): Promise<string> {

@@ -11,6 +11,8 @@ import { startOf } from '../values.ts'
 const BACKENDS = ['postgres', 'nats'] as const
 const MOST_PAYLOAD_BYTES = 8 * 1024 * 1024
 const LOOK_EVERY_MS = 200
+/** One that is to have the lease at once has it by then. */
+const WAITS_MS = 1_000
 /** What is pending is counted by the server, message by message: at most a tenth of the time. */
 const COUNT_EVERY_MS = 2_000
 const COUNT_SHARE = 10
@@ -70,7 +72,7 @@ const bridge = command({
       onError: (error) => tell(output, error),
     })
     if (process.stderr.isTTY) output.note(output.styleError('dim', `durable ${durable} on ${from}; Ctrl-C ends it`))
-    const report = new Report(running, source, durable, output)
+    const report = new Report(running, source, durable, options['ack-wait'], output)
     try {
       await Promise.race([running.ended, aborted(interrupts.drain), output.gone, report.run(options.every, idle)])
       await Promise.race([running.stop(), aborted(interrupts.kill)])
@@ -100,6 +102,7 @@ class Report {
   readonly #bridge: Bridge
   readonly #from: Bus
   readonly #durable: string
+  readonly #ackWaitMs: number
   readonly #output: Output
   readonly #line = lineOn(process.stderr)
   readonly #startedAt = performance.now()
@@ -107,8 +110,11 @@ class Report {
   #pending: number | undefined
   #counting: Promise<void> | undefined
   #countAgainAt = 0
+  /** Since when the source has answered each time. */
+  #answersSince = Number.POSITIVE_INFINITY
 
-  constructor(bridge: Bridge, from: Bus, durable: string, output: Output) {
+  constructor(bridge: Bridge, from: Bus, durable: string, ackWaitMs: number, output: Output) {
+    this.#ackWaitMs = ackWaitMs
     this.#bridge = bridge
     this.#from = from
     this.#durable = durable
@@ -120,6 +126,8 @@ class Report {
     let shownAt = performance.now()
     let movedAt = performance.now()
     let done = -1
+    let waitsSince = performance.now()
+    let patienceMs = WAITS_MS
     let toldOfWaiting = false
     while (!this.#over.signal.aborted) {
       const { stats } = this.#bridge
@@ -128,7 +136,13 @@ class Report {
       const sum = stats.relayed + stats.duplicates + stats.skipped + stats.refused
       if (sum !== done || stats.held > 0 || stats.state !== 'relaying' || this.#pending !== 0) movedAt = now
       done = sum
-      if (stats.state === 'waiting' && !toldOfWaiting && now - this.#startedAt > 1_000) {
+      if (stats.state !== 'waiting') {
+        waitsSince = now
+        // What it waits for may be its own lease, which it lost while the server was away.
+        patienceMs = 2 * this.#ackWaitMs
+      }
+      // A server that does not answer is no other bridge.
+      if (!toldOfWaiting && now - Math.max(waitsSince, this.#answersSince) > patienceMs) {
         toldOfWaiting = true
         this.#output.note(`another bridge reads durable ${this.#durable}; this one takes over when that ends`)
       }
@@ -170,12 +184,17 @@ class Report {
     try {
       const found = (await this.#from.admin.durables()).find(({ durable }) => durable === this.#durable)
       this.#pending = found ? found.pending + found.redelivering : undefined
+      const now = performance.now()
+      this.#answersSince = Math.min(this.#answersSince, now)
+      // It is about to be made.
+      const everyMs = found ? COUNT_EVERY_MS : LOOK_EVERY_MS
+      this.#countAgainAt = now + Math.max(everyMs, COUNT_SHARE * (now - startedAt))
     } catch {
       // It is a figure to look at: the bridge itself tells of a server that is away, and another right may be missing.
       this.#pending = undefined
+      this.#answersSince = Number.POSITIVE_INFINITY
+      this.#countAgainAt = performance.now() + COUNT_EVERY_MS
     }
-    const now = performance.now()
-    this.#countAgainAt = now + Math.max(COUNT_EVERY_MS, COUNT_SHARE * (now - startedAt))
     this.#counting = undefined
   }
 }
