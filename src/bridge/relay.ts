@@ -216,7 +216,14 @@ export class Relay {
   #recovered(): Promise<void> {
     const { from, ackWaitMs, longestAckWaitMs } = this.#options
     const { promise, resolve } = Promise.withResolvers<void>()
-    const cancel = systemClock.setTimer(resolve, from.supports.redeliveryCounts ? ackWaitMs / 2 : 2 * longestAckWaitMs)
+    let seen = this.#recovering?.missing
+    const look = () => {
+      const missing = this.#recovering?.missing
+      if (missing === seen) return resolve()
+      seen = missing
+      cancel = systemClock.setTimer(look, ackWaitMs / 2)
+    }
+    let cancel = systemClock.setTimer(look, from.supports.redeliveryCounts ? ackWaitMs / 2 : 2 * longestAckWaitMs)
     const looking = setInterval(() => this.#ask(from.supports.redeliveryCounts ? 0 : 1), LOOK_MS)
     this.#onRecovered = resolve
     if (this.#ending.signal.aborted || (this.#recovering && this.#recovering.missing <= 0)) resolve()

@@ -15,7 +15,18 @@ import { ownNatsServer, whyNoNats } from '../support/nats-server.ts'
 import { databaseUrl } from '../support/server.ts'
 import { eventually } from '../support/wait.ts'
 import type { Setup } from './support/bridge-child.ts'
-import { ACK_WAIT_MS, type AnyBus, altered, type Backend, DIRECTIONS, HeldAcks, HeldPublishes, Stage, textOf } from './support/stage.ts'
+import {
+  ACK_WAIT_MS,
+  type AnyBus,
+  altered,
+  type Backend,
+  DIRECTIONS,
+  HeldAcks,
+  HeldPublishes,
+  Stage,
+  slow,
+  textOf,
+} from './support/stage.ts'
 
 const missing = whyNoNats()
 const HEADER_ROOM = 512
@@ -292,6 +303,19 @@ describe.skipIf(missing !== undefined)(`the bridge${missing === undefined ? '' :
         const of = (text: string) => Number(text) % 3 === rest
         expect(texts.filter(of)).toEqual(numbers(1, 90).filter(of))
       }
+    })
+
+    test('B3 what a dead one had in hand is waited for as long as it keeps coming', async () => {
+      const subject = stage.fresh('slowly')
+      const there = await stage.read(to, subject)
+      await publish(from, subject, ...numbers(1, 30))
+      // The first one comes last: its ack wait is over last.
+      const [first] = await stage.deadHolder(from, subject, subject, 30)
+      await first?.extend()
+      await publish(from, subject, '31')
+      stage.bridge(slow(await stage.connect(from), ACK_WAIT_MS / 25), await stage.connect(to), subject, { durable: subject })
+      await there.until(31)
+      expect(await there.all()).toEqual(numbers(1, 31))
     })
 
     // ---------------------------------------------------------------- B4

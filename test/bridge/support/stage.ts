@@ -1,6 +1,7 @@
 /** Both servers, what is published on one of them, and what is found on the other. */
 
 import { randomBytes } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
 import {
   Bridge,
   type BridgedBus,
@@ -108,11 +109,13 @@ export class Stage {
   }
 
   /** A member that fetches so many and then does nothing more: what is left of a process that died. */
-  async deadHolder(backend: Backend, subject: string, durable: string, count: number, ackWaitMs = ACK_WAIT_MS): Promise<void> {
+  async deadHolder(backend: Backend, subject: string, durable: string, count: number, ackWaitMs = ACK_WAIT_MS): Promise<Msg<never>[]> {
     const bus = await this.connect(backend)
     const stream = await bus.pubsub.subscribe(subject, durable, { ackWaitMs, maxInFlight: count })
     const messages = stream[Symbol.asyncIterator]()
-    for (let n = 0; n < count; n++) await messages.next()
+    const held: Msg<never>[] = []
+    while (held.length < count) held.push((await messages.next()).value!)
+    return held
   }
 
   /** The last given first, and together: some wait for a server that is away. */
@@ -244,6 +247,24 @@ export class HeldAcks {
     }
     return { close: () => stream.close(), [Symbol.asyncDispose]: () => stream.close(), [Symbol.asyncIterator]: () => ({ next }) }
   }
+}
+
+/** The source of a bridge, whose messages come one by one, so far apart. */
+export function slow(bus: AnyBus, everyMs: number): BridgedBus {
+  return altered(bus, {
+    async subscribe(...args) {
+      const stream = await bus.pubsub.subscribe(...args)
+      const messages = stream[Symbol.asyncIterator]()
+      let last: Promise<unknown> = Promise.resolve()
+      const next = async () => {
+        const result = await messages.next()
+        last = last.then(() => sleep(everyMs))
+        await last
+        return result
+      }
+      return { close: () => stream.close(), [Symbol.asyncDispose]: () => stream.close(), [Symbol.asyncIterator]: () => ({ next }) }
+    },
+  })
 }
 
 /** The target of a bridge, whose publishes wait before they are sent. */
