@@ -16,7 +16,6 @@
 
 import {
   type Bus,
-  BusError,
   checkDurable,
   checkDuration,
   checkFilter,
@@ -31,6 +30,7 @@ import {
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { systemClock } from '../runtime/clock.ts'
 import { idOf, longestAckWait } from './kept.ts'
+import { passes } from './passes.ts'
 import { Relay } from './relay.ts'
 import { aborted, within } from './within.ts'
 
@@ -74,13 +74,6 @@ export interface BridgeStopOptions {
 const LEASE_BUCKET = 'klieo-bridge'
 const LEASE_WAIT_MS = 20_000
 const RELEASE_MS = 2_000
-const PASSING = new Set(['connection', 'unavailable', 'timeout', 'lease_lost', 'lease_held'])
-
-export function passes(error: unknown): error is BusError {
-  // A durable with another filter is a conflict, too, and no reason to try again.
-  return error instanceof BusError && (PASSING.has(error.code) || (error.code === 'conflict' && error.retryable))
-}
-
 /**
  * Starts at once and relays until it is stopped, one of its buses closes, or something fails that trying again does not mend; `ended` says
  * which. Messages keep their subject, payload and headers; `bridge_id` and `bridge_path` are added, the message's id and the buses it came through.

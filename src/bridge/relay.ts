@@ -28,7 +28,8 @@ import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { systemClock } from '../runtime/clock.ts'
 import { isDeadLetter, publishLetter } from '../runtime/dead-letter.ts'
 import { errorText } from '../runtime/error-text.ts'
-import { type BridgedBus, type BridgeStats, passes } from './bridge.ts'
+import type { BridgedBus, BridgeStats } from './bridge.ts'
+import { passes } from './passes.ts'
 import { aborted, within } from './within.ts'
 
 export interface RelayOptions {
