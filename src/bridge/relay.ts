@@ -80,6 +80,9 @@ const MAX_ACK_PENDING = 100_000
 const HAND_BACK_MS = 2_000
 const LOOK_MS = 100
 const UNCERTAIN_MS = 20
+/** So long, and so many, published messages wait to be acked together. */
+const GATHER_MS = 5
+const MOST_GATHERED = 64
 const STALE_MS = 1_000
 const TELL_EVERY_MS = 1_000
 const LONGEST_LOOK_MS = 2_000
@@ -106,6 +109,9 @@ export class Relay {
   #finishing = false
   #isInterrupted = false
   #toldAt = Number.NEGATIVE_INFINITY
+  /** To be acked. */
+  readonly #toAck: Held[] = []
+  #cancelGathering: (() => void) | undefined
 
   constructor(options: RelayOptions) {
     this.#options = options
@@ -334,7 +340,7 @@ export class Relay {
     for (const held of batch) {
       held.isPublished = true
       published.add(held.id)
-      void this.#ack(held)
+      this.#ackSoon(held)
     }
     for (const id of published) {
       if (published.size <= MOST_PUBLISHED) break
@@ -430,6 +436,19 @@ export class Relay {
   }
 
   // ------------------------------------------------------------------ settling
+
+  /** What was published one after the other is acked together: a statement for each would cost more than the publish. */
+  #ackSoon(held: Held): void {
+    this.#toAck.push(held)
+    if (this.#toAck.length >= MOST_GATHERED) return this.#ackGathered()
+    this.#cancelGathering ??= systemClock.setTimer(() => this.#ackGathered(), GATHER_MS)
+  }
+
+  #ackGathered(): void {
+    this.#cancelGathering?.()
+    this.#cancelGathering = undefined
+    for (const held of this.#toAck.splice(0)) void this.#ack(held)
+  }
 
   async #ack(held: Held): Promise<void> {
     if (held.isAcking) return
