@@ -440,8 +440,8 @@ export class Relay {
   /** What was published one after the other is acked together: a statement for each would cost more than the publish. */
   #ackSoon(held: Held): void {
     this.#toAck.push(held)
-    if (this.#toAck.length >= MOST_GATHERED) return this.#ackGathered()
-    this.#cancelGathering ??= systemClock.setTimer(() => this.#ackGathered(), GATHER_MS)
+    if (this.#toAck.length >= MOST_GATHERED) this.#ackGathered()
+    else this.#cancelGathering ??= systemClock.setTimer(() => this.#ackGathered(), GATHER_MS)
   }
 
   #ackGathered(): void {
@@ -484,6 +484,7 @@ export class Relay {
 
   /** What is not published goes back, for the next reading. */
   async #handBack(stream: MsgStream | undefined): Promise<void> {
+    this.#ackGathered()
     const back = [...this.#held.values()].filter(({ isPublished }) => !isPublished).map(({ msg }) => msg.nak())
     await within(HAND_BACK_MS, Promise.allSettled([...back, stream?.close()]))
   }
