@@ -1,5 +1,6 @@
 import type { Mutant } from '../mutant.ts'
 import { adminMutants } from './admin.ts'
+import { bridgeMutants } from './bridge.ts'
 import { callMutants } from './calls.ts'
 import { contractMutants } from './contracts.ts'
 import { deliveryMutants } from './deliveries.ts'
@@ -19,4 +20,5 @@ export const mutants: readonly Mutant[] = [
   ...foreignMutants,
   ...memoryMutants,
   ...contractMutants,
+  ...bridgeMutants,
 ]
