@@ -31,6 +31,7 @@ import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { systemClock } from '../runtime/clock.ts'
 import { idOf, longestAckWait } from './kept.ts'
 import { passes } from './passes.ts'
+import { Published } from './published.ts'
 import { Relay } from './relay.ts'
 import { aborted, within } from './within.ts'
 
@@ -87,12 +88,12 @@ export class Bridge implements AsyncDisposable {
   readonly #options: Required<Omit<BridgeOptions, 'onError'>>
   readonly #onError: (error: unknown) => void
   readonly #counts = { relayed: 0, duplicates: 0, skipped: 0, refused: 0 }
-  /** Published and not known to be acked, by id: it must not be published again, however late it comes again. */
-  readonly #published = new Set<string>()
+  readonly #published = new Published()
   readonly #stopping = new AbortController()
   #state: BridgeStats['state'] = 'waiting'
   #relay: Relay | undefined
   #graceMs = 0
+  #hasRead = false
   /** Resolves when it was stopped or one of its buses was closed. Rejects with what trying again does not mend. */
   readonly ended: Promise<void>
 
@@ -184,16 +185,20 @@ export class Bridge implements AsyncDisposable {
           counts: this.#counts,
           published: this.#published,
           afterFailure,
+          hasRead: this.#hasRead,
           mayPublish: () => guard.holds,
           lost: lease.signal,
           onState: (state) => {
             this.#state = state
+            if (state === 'relaying') this.#hasRead = true
           },
           onError: (error) => this.#tell(error),
         })
         this.#relay = relay
         const onStop = () => relay.finish(this.#graceMs)
         signal.addEventListener('abort', onStop, { once: true })
+        // In the moment since it was looked at.
+        if (signal.aborted) onStop()
         try {
           afterFailure = await relay.run()
         } catch (error) {

@@ -21,6 +21,7 @@ import {
   type Message,
   type Msg,
   type MsgStream,
+  noSuchDurable,
   type PubAck,
   type SubscribeOptions,
 } from '../core/index.ts'
@@ -30,6 +31,7 @@ import { isDeadLetter, publishLetter } from '../runtime/dead-letter.ts'
 import { errorText } from '../runtime/error-text.ts'
 import type { BridgedBus, BridgeStats } from './bridge.ts'
 import { passes } from './passes.ts'
+import type { Published } from './published.ts'
 import { aborted, within } from './within.ts'
 
 export interface RelayOptions {
@@ -42,11 +44,12 @@ export interface RelayOptions {
   readonly start: NonNullable<SubscribeOptions['start']>
   readonly maxInFlight: number
   readonly ackWaitMs: number
+  /** This bridge has read the durable before: if there is none any more, it was deleted. */
+  readonly hasRead: boolean
   /** Of an earlier bridge of the durable, or its own. */
   readonly longestAckWaitMs: number
   readonly counts: { relayed: number; duplicates: number; skipped: number; refused: number }
-  /** Ids of what is published and not known to be acked. */
-  readonly published: Set<string>
+  readonly published: Published
   /** An earlier reading of this process ended by something that did not arrive. */
   readonly afterFailure: boolean
   /** The lease is ours for certain. */
@@ -86,8 +89,6 @@ const MOST_GATHERED = 64
 const STALE_MS = 1_000
 const TELL_EVERY_MS = 1_000
 const LONGEST_LOOK_MS = 2_000
-/** Of ids that are remembered; a message that never comes again keeps its own for ever. */
-const MOST_PUBLISHED = 100_000
 const REFUSALS = new Set(['payload_too_large', 'invalid_argument'])
 /** One lane for everything. */
 const ALL = ''
@@ -182,6 +183,8 @@ export class Relay {
 
   /** Reads no more, and ends when what was read is relayed, or after `graceMs`. */
   finish(graceMs: number): void {
+    // What it had in hand is on its way back.
+    if (this.#ending.signal.aborted) return
     this.#finishing = true
     // Nothing is relayed before what is missing has come.
     if (this.#recovering) {
@@ -208,13 +211,17 @@ export class Relay {
    * How many messages an earlier reading had in hand. Where the server tells whose time is over: once that is all of them, so that they come first.
    */
   async #handedOut(): Promise<number> {
-    const { from, durable, longestAckWaitMs } = this.#options
+    const { from, durable, hasRead, longestAckWaitMs } = this.#options
     const until = systemClock.now() + 2 * longestAckWaitMs
     for (let pauseMs = LOOK_MS; ; pauseMs = Math.min(LONGEST_LOOK_MS, pauseMs * 2)) {
       const found: DurableInfo | undefined = (await from.admin.durables()).find((one) => one.durable === durable)
-      if (!found) return 0
-      const out = found.inFlight + found.redelivering
-      if (!from.supports.redeliveryCounts || found.inFlight === 0 || systemClock.now() >= until || this.#ending.signal.aborted) return out
+      const isLast = systemClock.now() >= until || this.#ending.signal.aborted
+      if (found) {
+        const out = found.inFlight + found.redelivering
+        if (!from.supports.redeliveryCounts || found.inFlight === 0 || isLast) return out
+      } else if (!hasRead) return 0
+      // Made anew it would begin with what was relayed long ago. A server of a cluster that has just come back may not know it yet.
+      else if (isLast || from.supports.readYourWrites) throw noSuchDurable(durable)
       await this.#pause(pauseMs)
     }
   }
@@ -342,10 +349,6 @@ export class Relay {
       published.add(held.id)
       this.#ackSoon(held)
     }
-    for (const id of published) {
-      if (published.size <= MOST_PUBLISHED) break
-      published.delete(id)
-    }
   }
 
   #batchOf(lane: readonly Held[]): Held[] {
@@ -457,8 +460,6 @@ export class Relay {
       const { msg } = held
       try {
         await msg.ack()
-        // nats-server 2.9 has been seen to send once more what had come again and was acked.
-        if (msg.attempt === 1) this.#options.published.delete(held.id)
         break
       } catch (error) {
         // It was handed back while its publish was on its way: it comes again, and is acked then.

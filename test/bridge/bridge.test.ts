@@ -9,7 +9,8 @@ import { Bridge, type BridgeOptions, BusError, type Message, type PostgresBus, t
 import { MemoryBus } from '../../src/memory/index.ts'
 import { NatsBus } from '../../src/nats/index.ts'
 import { RolesStage } from '../security/support/roles-stage.ts'
-import { ownNatsServer, whyNoNats } from '../support/nats-server.ts'
+import { startChild } from '../support/child.ts'
+import { ownNatsServer, whyNoNats, whyNoOwnNats } from '../support/nats-server.ts'
 import { eventually } from '../support/wait.ts'
 import { ACK_WAIT_MS, type AnyBus, altered, type Backend, DIRECTIONS, HeldAcks, HeldPublishes, Stage, textOf } from './support/stage.ts'
 
@@ -492,6 +493,29 @@ describe.skipIf(missing !== undefined)(`the bridge${missing === undefined ? '' :
     }
   })
 
+  test.skipIf(whyNoOwnNats() !== undefined)('B2 what a killed nats-server has forgotten to be acked is not published again', async () => {
+    const subject = stage.fresh('killed')
+    const server = await ownNatsServer()
+    try {
+      await using source = await NatsBus.connect({ servers: server.url })
+      await using target = MemoryBus.create()
+      const crossing = stage.bridge(source, target, `${subject}.*`, { durable: subject })
+      await crossing.until('relaying')
+      await source.pubsub.publishMany(numbers(1, 1_000).map((n): Message => ({ subject: `${subject}.${n}`, payload: n })))
+      await eventually(() => crossing.stats.relayed === 1_000 && crossing.stats.held === 0, { everyMs: 1 })
+      await server.stop('SIGKILL')
+      await server.start()
+      await eventually(async () => {
+        const [found] = await source.admin.durables()
+        return crossing.stats.state === 'relaying' && found && found.pending + found.inFlight + found.redelivering === 0
+      })
+      expect(crossing.stats).toMatchObject({ relayed: 1_000, duplicates: 0 })
+      await crossing.bridge.stop()
+    } finally {
+      await server.remove()
+    }
+  })
+
   test('B5 what a server takes less of than the bus allows is refused by its words, and no reason to end', async () => {
     const subject = stage.fresh('server')
     const letters = await stage.read('postgres', `${subject}.dlq`)
@@ -549,6 +573,62 @@ test('its arguments are checked at once', async () => {
   await bridge.stop()
   expect(bridge.stats).toMatchObject({ state: 'ended', relayed: 0, held: 0 })
   await bridge[Symbol.asyncDispose]()
+})
+
+test('B7 a bridge ends that is stopped in the moment in which a reading begins', async () => {
+  const goOn: number[] = []
+  for (let moment = 0; moment < 20; moment++) {
+    await using source = MemoryBus.create()
+    await using target = MemoryBus.create()
+    let stop = () => {}
+    const lease: typeof source.kv.lease = async (...args) => {
+      const granted = await source.kv.lease(...args)
+      const beat = granted.heartbeat.bind(granted)
+      granted.heartbeat = async () => {
+        await beat()
+        void (async () => {
+          for (let n = 0; n < moment; n++) await null
+          stop()
+        })()
+      }
+      return granted
+    }
+    const { get, cas } = source.kv
+    const kv = Object.assign(Object.create(source.kv), { lease, get: get.bind(source.kv), cas: cas.bind(source.kv) })
+    const bridge = new Bridge({ ...altered(source, {}), kv }, target, 'a', { durable: 'd' })
+    stop = () => void bridge.stop({ graceMs: 0 })
+    if (!(await Promise.race([bridge.ended.then(() => true), sleep(500, false)]))) goOn.push(moment)
+  }
+  expect(goOn).toEqual([])
+})
+
+test('B7 a bridge that is stopped while a reading ends keeps no process alive', async () => {
+  await using child = startChild(new URL('./support/stopped-child.ts', import.meta.url))
+  await child.next(({ stopped }) => stopped === true)
+  const stoppedAt = performance.now()
+  expect((await child.exited).code).toBe(0)
+  expect(performance.now() - stoppedAt).toBeLessThan(5_000)
+})
+
+test('B8 a durable that is deleted between two readings ends it, and is not made anew', async () => {
+  await using source = MemoryBus.create()
+  await using target = MemoryBus.create()
+  const interrupts: NonNullable<SubscribeOptions['onInterrupted']>[] = []
+  const watched = altered(source, {
+    subscribe: async (subject, durable, options) => {
+      interrupts.push(options!.onInterrupted!)
+      return source.pubsub.subscribe(subject, durable, options)
+    },
+  })
+  await source.pubsub.publish('a', '1')
+  const bridge = new Bridge(watched, target, 'a', { durable: 'd', onError: () => {} })
+  await eventually(() => bridge.stats.relayed === 1 && bridge.stats.held === 0)
+  interrupts[0]?.(new BusError('connection', 'a fetch failed'))
+  await eventually(() => bridge.stats.state === 'recovering')
+  await source.pubsub.deleteDurable('d')
+  await eventually(() => bridge.stats.state === 'ended' || interrupts.length === 2)
+  expect(await source.admin.durables()).toEqual([])
+  await expect(bridge.ended).rejects.toMatchObject({ code: 'not_found' })
 })
 
 test('what onError throws is thrown where nobody catches it, and ends nothing', async () => {
