@@ -170,6 +170,12 @@ export class NatsBus implements Bus<never> {
     const { replicas, messagesMs, jobAckWaitMs } = options
     // Headers and what the bus adds to them go along.
     const room = (nc.info?.max_payload ?? DEFAULT_MAX_PAYLOAD_BYTES) - 2 * MAX_HEADER_BYTES
+    if (room < 1) {
+      throw new BusError(
+        'unsupported',
+        `this server takes messages of ${nc.info?.max_payload} bytes, and headers alone may have ${2 * MAX_HEADER_BYTES}; raise max_payload in its configuration`,
+      )
+    }
     const most = options.maxPayloadBytes === 'server' ? LARGEST_MAX_PAYLOAD_BYTES : DEFAULT_MAX_PAYLOAD_BYTES
     const maxPayloadBytes = typeof options.maxPayloadBytes === 'number' ? options.maxPayloadBytes : Math.min(most, room)
     if (maxPayloadBytes > room) {

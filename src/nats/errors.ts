@@ -50,8 +50,13 @@ export function natsError(error: unknown): BusError {
   const { name, message, cause } = error instanceof Error ? error : { name: '', message: String(error), cause: undefined }
   if (error instanceof JetStreamApiError) {
     if (TOO_LARGE.includes(error.code)) return new BusError('payload_too_large', `JetStream: ${message} (${error.code})`, { cause: error })
-    // 503: no leader, or out of memory, disk or connections.
-    const code = error.status === 503 || error.status === 500 ? 'unavailable' : error.status === 404 ? 'not_found' : 'internal'
+    // 503: no leader, or out of memory, disk or connections. Of a duplicate it is not known yet whether the first one is stored.
+    const code =
+      error.status === 503 || error.status === 500 || error.code === DUPLICATE_UNDER_WAY
+        ? 'unavailable'
+        : error.status === 404
+          ? 'not_found'
+          : 'internal'
     return new BusError(code, `JetStream: ${message} (${error.code})`, { cause: error })
   }
   if (name === 'InvalidArgumentError' && message.includes('max_payload'))

@@ -87,6 +87,21 @@ describe.skipIf(missing !== undefined)(`a server of NATS${missing === undefined 
     await nc.close()
   })
 
+  test.skipIf(process.env.NATS_URL)('a server whose max_payload leaves no room beside headers is refused at once', async () => {
+    const small = await ownNatsServer('max_payload: 128KB\n')
+    try {
+      for (const maxPayloadBytes of [undefined, 'server'] as const) {
+        const options = { servers: small.url, ...(maxPayloadBytes === undefined ? {} : { maxPayloadBytes }) }
+        await expect(NatsBus.connect(options)).rejects.toMatchObject({
+          code: 'unsupported',
+          message: expect.stringMatching(/131072.*raise max_payload/),
+        })
+      }
+    } finally {
+      await small.remove()
+    }
+  })
+
   test('the largest payload is what the server takes, and more is refused at connect', async () => {
     const small = await ownNatsServer('max_payload: 1MB\n')
     try {
