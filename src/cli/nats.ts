@@ -30,7 +30,7 @@ interface Given {
 export async function findNats(given: Given, env: NodeJS.ProcessEnv): Promise<NatsTarget> {
   const source = given.nats === undefined ? 'NATS_URL' : '--nats'
   const text = given.nats ?? (env.NATS_URL || undefined)
-  const urls = text?.split(',').map((one) => urlOf(source, one.trim()))
+  const urls = text?.split(',').map((one, n) => urlOf(source, one.trim(), n === 0))
   const login = urls?.find(({ username }) => username !== '')
   const user = login && plain(source, login.username)
   const pass = login && plain(source, login.password)
@@ -77,8 +77,11 @@ async function load(): Promise<typeof import('../nats/index.ts')> {
   }
 }
 
-function urlOf(source: string, text: string): URL {
-  const url = URL.parse(/^\w+:\/\//.test(text) ? text : `nats://${text}`)
+function urlOf(source: string, text: string, isFirst: boolean): URL {
+  const hasScheme = /^\w+:\/\//.test(text)
+  // The rest of a password with a comma of its own, whose beginning would be taken for a host, looked up and shown.
+  if (!isFirst && !hasScheme && text.includes('@')) throw notAnAddress(source)
+  const url = URL.parse(hasScheme ? text : `nats://${text}`)
   // What comes behind an address is the rest of a password with a / ? or # of its own: what stands before it is none of the host's, and is not shown.
   if (!url || !/^(?:nats|tls):$/.test(url.protocol) || url.hostname === '' || !/^\/?$/.test(url.pathname + url.search + url.hash))
     throw notAnAddress(source)

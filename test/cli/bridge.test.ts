@@ -239,6 +239,10 @@ test('an address of NATS that is none is wrong usage, and shown in no part', asy
     'nats://hunter2:12/and-more@host',
     'nats://relay:hunter2%zz@host',
     'nats://host,ftp://hunter2@host',
+    // Passwords with a comma.
+    'nats://hunter2,and-more@host',
+    'nats://relay:12,and-more@host',
+    'relay:and-more@hunter2,x@host',
   ]
   for (const address of addresses) {
     for (const given of [address, undefined]) {
