@@ -93,7 +93,8 @@ export class Bridge implements AsyncDisposable {
   #state: BridgeStats['state'] = 'waiting'
   #relay: Relay | undefined
   #graceMs = 0
-  #hasRead = false
+  /** The durable: one that there is no more was deleted, and is not to begin anew. */
+  #wasThere = false
   /** Resolves when it was stopped or one of its buses was closed. Rejects with what trying again does not mend. */
   readonly ended: Promise<void>
 
@@ -146,6 +147,7 @@ export class Bridge implements AsyncDisposable {
       const [fromId, toId] = await this.#patiently(async () => [await idOf(this.#from.kv), await idOf(this.#to.kv)] as const)
       while (!signal.aborted) {
         this.#state = 'waiting'
+        this.#wasThere ||= await this.#patiently(() => this.#isThere())
         const lease = await this.#patiently(() => this.#lease())
         if (lease) await this.#hold(lease, fromId, toId)
       }
@@ -153,6 +155,10 @@ export class Bridge implements AsyncDisposable {
       if (isBusError(error, 'closed') || (signal.aborted && passes(error))) return
       throw error
     }
+  }
+
+  async #isThere(): Promise<boolean> {
+    return (await this.#from.admin.durables()).some(({ durable }) => durable === this.#options.durable)
   }
 
   /** @returns null when somebody else holds it all the time, or the bridge is stopped */
@@ -185,12 +191,12 @@ export class Bridge implements AsyncDisposable {
           counts: this.#counts,
           published: this.#published,
           afterFailure,
-          hasRead: this.#hasRead,
+          wasThere: this.#wasThere,
           mayPublish: () => guard.holds,
           lost: lease.signal,
           onState: (state) => {
             this.#state = state
-            if (state === 'relaying') this.#hasRead = true
+            if (state === 'relaying') this.#wasThere = true
           },
           onError: (error) => this.#tell(error),
         })

@@ -44,8 +44,8 @@ export interface RelayOptions {
   readonly start: NonNullable<SubscribeOptions['start']>
   readonly maxInFlight: number
   readonly ackWaitMs: number
-  /** This bridge has read the durable before: if there is none any more, it was deleted. */
-  readonly hasRead: boolean
+  /** There was such a durable while this bridge ran: if there is none any more, it was deleted. */
+  readonly wasThere: boolean
   /** Of an earlier bridge of the durable, or its own. */
   readonly longestAckWaitMs: number
   readonly counts: { relayed: number; duplicates: number; skipped: number; refused: number }
@@ -211,7 +211,7 @@ export class Relay {
    * How many messages an earlier reading had in hand. Where the server tells whose time is over: once that is all of them, so that they come first.
    */
   async #handedOut(): Promise<number> {
-    const { from, durable, hasRead, longestAckWaitMs } = this.#options
+    const { from, durable, wasThere, longestAckWaitMs } = this.#options
     const until = systemClock.now() + 2 * longestAckWaitMs
     for (let pauseMs = LOOK_MS; ; pauseMs = Math.min(LONGEST_LOOK_MS, pauseMs * 2)) {
       const found: DurableInfo | undefined = (await from.admin.durables()).find((one) => one.durable === durable)
@@ -219,7 +219,7 @@ export class Relay {
       if (found) {
         const out = found.inFlight + found.redelivering
         if (!from.supports.redeliveryCounts || found.inFlight === 0 || isLast) return out
-      } else if (!hasRead) return 0
+      } else if (!wasThere) return 0
       // Made anew it would begin with what was relayed long ago. A server of a cluster that has just come back may not know it yet.
       else if (isLast || from.supports.readYourWrites) throw noSuchDurable(durable)
       await this.#pause(pauseMs)

@@ -631,6 +631,24 @@ test('B8 a durable that is deleted between two readings ends it, and is not made
   await expect(bridge.ended).rejects.toMatchObject({ code: 'not_found' })
 })
 
+test('B8 a durable that is deleted ends also who waits to take over', async () => {
+  await using source = MemoryBus.create()
+  await using target = MemoryBus.create()
+  await source.pubsub.publish('a', '1')
+  const looks: unknown[] = []
+  const admin = Object.create(source.admin, { durables: { value: () => source.admin.durables().finally(() => looks.push(1)) } })
+  const first = new Bridge(source, target, 'a', { durable: 'd' })
+  await eventually(() => first.stats.relayed === 1 && first.stats.held === 0)
+  const second = new Bridge({ ...altered(source, {}), admin }, target, 'a', { durable: 'd' })
+  await eventually(() => looks.length > 0, { timeoutMs: 2_000 })
+  await source.pubsub.deleteDurable('d')
+  await expect(first.ended).rejects.toMatchObject({ code: 'not_found' })
+  await eventually(() => second.stats.state !== 'waiting')
+  await expect(second.ended).rejects.toMatchObject({ code: 'not_found' })
+  expect(second.stats).toMatchObject({ relayed: 0, duplicates: 0 })
+  expect(await source.admin.durables()).toEqual([])
+})
+
 test('what onError throws is thrown where nobody catches it, and ends nothing', async () => {
   await using source = MemoryBus.create()
   await using target = MemoryBus.create({ maxPayloadBytes: 100 })
