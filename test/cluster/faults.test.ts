@@ -1,6 +1,6 @@
 /**
  * A cluster of three under load while its servers die, stand still and come back: what was acknowledged is there, what was acked does not come
- * back, a lease has one holder, and no call takes longer than it may (test/nats/support/load.ts).
+ * back, a lease has one holder, and no call takes longer than it may (support/load.ts).
  */
 
 import { connect, type NatsConnection } from '@nats-io/transport-node'
@@ -41,6 +41,8 @@ describe.skipIf(missing !== undefined)(`a cluster of NATS${missing === undefined
   onCluster('the leader of everything is killed, and two of three go on', async (cluster, nc) => {
     await using load = await Load.begin(cluster.servers)
     await load.progress()
+    // To lead all of it, it takes over from others.
+    load.fault()
     const [victim] = cluster.nodes as [ClusterNode, ...ClusterNode[]]
     const led = await cluster.lead(victim, nc, load.isOurs)
     expect(led).toHaveLength(LED)
@@ -62,6 +64,7 @@ describe.skipIf(missing !== undefined)(`a cluster of NATS${missing === undefined
     await using load = await Load.begin([leader.url, other.url])
     await using pinned = await NatsBus.connect({ servers: follower.url, replicas: 3 })
     await load.progress()
+    load.fault()
     await cluster.lead(leader, nc, load.isOurs)
     await load.calm()
     const before = load.failures.length
