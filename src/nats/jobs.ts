@@ -503,6 +503,8 @@ export class NatsJobs implements JobQueue {
   async #sweep(queue: string, strandedMs: number): Promise<void> {
     const before = this.#context.serverClock.now() - strandedMs
     for (const { data, state, revision } of await this.#records.all(queue)) {
+      // Another process does the rest.
+      if (this.#context.isClosed()) return
       const { id, dedupKey } = data
       if (readySince(data, state) > before) continue
       // Its enqueuer may have been about to find that an earlier job has the key.

@@ -125,6 +125,22 @@ describe.skipIf(missing !== undefined)(`crashes on NATS${missing === undefined ?
     expect((await bus.admin.job(second))?.state).toBe('ready')
   })
 
+  test('a bus that closes leaves the rest of many jobs without a ticket to others', async () => {
+    const count = 4_000
+    await using sweeper = await NatsBus.connect({ servers: server.url, prefix, jobAckWaitMs: 300 })
+    const tickets = async () => Object.values(await ticketsOf('many')).reduce((sum, n) => sum + n, 0)
+    for (let n = 0; n < count; n += 1_000)
+      await bus.jobs.enqueueMany(
+        'many',
+        Array.from({ length: 1_000 }, () => ({ payload: '' })),
+      )
+    await jsm.streams.purge(`${prefix}_work`, { filter: `${prefix}.work.many` })
+    await eventually(async () => (await tickets()) > 0 || (await sweeper.jobs.claim('many', 'w', LONG_TTL_MS)) !== null)
+    await sweeper.close()
+    expect(await tickets()).toBeLessThan(count / 2)
+    await bus.admin.purgeQueue('many')
+  })
+
   test('A2 a job whose retrier died before its ticket is claimed after a while', async () => {
     const id = await bus.jobs.enqueue('retrier', { payload: 'x' })
     await (await bus.jobs.claim('retrier', 'w', LONG_TTL_MS))!.deadLetter('r')
