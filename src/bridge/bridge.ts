@@ -29,11 +29,12 @@ import {
 } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
 import { systemClock } from '../runtime/clock.ts'
+import { Guard } from './guard.ts'
 import { idOf, longestAckWait } from './kept.ts'
 import { passes } from './passes.ts'
 import { Published } from './published.ts'
 import { Relay } from './relay.ts'
-import { aborted, within } from './within.ts'
+import { within } from './within.ts'
 
 /** What a bridge uses of a bus. */
 export type BridgedBus = Pick<Bus, 'pubsub' | 'kv' | 'admin' | 'supports'>
@@ -174,12 +175,12 @@ export class Bridge implements AsyncDisposable {
 
   /** Relays as long as the lease is ours. Each time it is not known what a fetch has brought, the reading begins anew. */
   async #hold(lease: Lease, fromId: string, toId: string): Promise<void> {
-    const guard = new Guard(lease, this.#options.ackWaitMs)
+    const guard = new Guard(lease, this.#options.ackWaitMs, this.#stopping.signal)
     const { signal } = this.#stopping
     let afterFailure = false
     try {
       const longestAckWaitMs = await this.#patiently(() => longestAckWait(this.#from.kv, this.#options.durable, this.#options.ackWaitMs))
-      while (!signal.aborted && (await guard.begin(signal))) {
+      while (!signal.aborted && (await guard.begin())) {
         const relay = new Relay({
           ...this.#options,
           longestAckWaitMs,
@@ -259,56 +260,5 @@ export class Bridge implements AsyncDisposable {
         throw thrown
       })
     }
-  }
-}
-
-/** Keeps a lease, and says whether it is ours for certain: by the clock, too, after a process that stood still. */
-class Guard {
-  readonly #lease: Lease
-  readonly #ttlMs: number
-  #until = 0
-  #cancel: (() => void) | undefined
-  #ended = false
-
-  constructor(lease: Lease, ttlMs: number) {
-    this.#lease = lease
-    this.#ttlMs = ttlMs
-  }
-
-  get holds(): boolean {
-    return !this.#ended && !this.#lease.signal.aborted && systemClock.now() < this.#until
-  }
-
-  /** @returns false when the lease is lost, or the bridge stopped */
-  async begin(stopping: AbortSignal): Promise<boolean> {
-    const over = AbortSignal.any([this.#lease.signal, stopping])
-    while (!over.aborted) {
-      this.#cancel?.()
-      if (await Promise.race([this.#beat(), aborted(over).then(() => false)])) return true
-      await Promise.race([new Promise((resolve) => setTimeout(resolve, Math.min(250, this.#ttlMs / 10))), aborted(over)])
-    }
-    return false
-  }
-
-  end(): void {
-    this.#ended = true
-    this.#cancel?.()
-  }
-
-  async #beat(): Promise<boolean> {
-    const askedAt = systemClock.now()
-    let done = false
-    try {
-      await this.#lease.heartbeat()
-      this.#until = askedAt + this.#ttlMs
-      done = true
-    } catch {
-      // The signal says when it is over.
-    }
-    if (!this.#ended && !this.#lease.signal.aborted) {
-      this.#cancel?.()
-      this.#cancel = systemClock.setTimer(() => void this.#beat(), done ? this.#ttlMs / 3 : Math.min(250, this.#ttlMs / 10), true)
-    }
-    return done
   }
 }

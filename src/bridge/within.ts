@@ -13,3 +13,16 @@ export function aborted(signal: AbortSignal): Promise<void> {
   if (signal.aborted) return Promise.resolve()
   return new Promise((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
 }
+
+/** What it resolves to, or `undefined` when the signal is aborted before: leaves nothing with a signal that lives longer. */
+export async function unlessAborted<T>(signal: AbortSignal, settling: Promise<T>): Promise<T | undefined> {
+  const { promise, resolve } = Promise.withResolvers<undefined>()
+  const onAbort = () => resolve(undefined)
+  signal.addEventListener('abort', onAbort, { once: true })
+  if (signal.aborted) onAbort()
+  try {
+    return await Promise.race([settling, promise])
+  } finally {
+    signal.removeEventListener('abort', onAbort)
+  }
+}
