@@ -43,7 +43,7 @@ export const bridgeMutants: readonly Mutant[] = [
     rule: 'B2',
     guarantee: 'what a process has published it does not publish again',
     broken: 'it remembers nothing',
-    edits: [{ file: RELAY, find: 'published.add(held.id)', replace: 'published.delete(held.id)' }],
+    edits: [{ file: RELAY, find: 'published.add(held.id)', replace: 'published.has(held.id)' }],
     files: [TESTS],
     caughtBy: ['B2 B8 the source is away for longer than the ack wait', 'B2 what the target stored while the reading ended'],
     beside: [CIRCLE],
