@@ -16,7 +16,7 @@ import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
 import { isDuplicateUnderWay, isNotThere, isWrongSequence, patiently } from './errors.ts'
 import { pull } from './pull.ts'
-import { ownId } from './wire.ts'
+import { headersOf, ownId } from './wire.ts'
 
 export interface StoredEntry {
   /** As in the bucket. */
@@ -73,7 +73,7 @@ export class Entries {
 
   async read(key: string): Promise<StoredEntry | null> {
     const found = await this.#context.ask(() => this.#context.jsm.streams.getMessage(this.stream, { last_by_subj: this.subject(key) }))
-    return found && this.entry(found.subject, found.header, found.data, found.seq, found.time.getTime())
+    return found && this.entry(found.subject, headersOf(found), found.data, found.seq, found.time.getTime())
   }
 
   /**
@@ -159,7 +159,7 @@ export class Entries {
         }
         for (const msg of messages) {
           const { seq, time } = infoOf(msg)
-          const entry = this.entry(msg.subject, msg.headers, msg.data, seq, time)
+          const entry = this.entry(msg.subject, headersOf(msg), msg.data, seq, time)
           found.delete(entry.key)
           found.set(entry.key, entry)
         }

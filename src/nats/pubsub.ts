@@ -29,7 +29,7 @@ import { type Context, checkTx, POLL_INTERVAL_MS, PullEar } from './context.ts'
 import { type HeldDelivery, Hold, infoOf, nakVerb } from './deliveries.ts'
 import { type Durable, type Durables, isBeforeStart } from './durables.ts'
 import { LONG_TRANSIT_MS, pull } from './pull.ts'
-import { ownId, pack, unpack, wireId } from './wire.ts'
+import { headersOf, ownId, pack, unpack, wireId } from './wire.ts'
 
 type Stream = DurableStream<HeldDelivery, never>
 
@@ -195,7 +195,7 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
   async #taken(msg: Msg): Promise<HeldDelivery | null> {
     const { names } = this.#context
     const { deliveries: attempt, seq, time } = infoOf(msg)
-    const { payload, headers } = unpack(msg.headers, msg.data)
+    const { payload, headers } = unpack(headersOf(msg), msg.data)
     const { ackWaitMs, maxDeliver } = this.#wanted
     const hold = new Hold(this.#context, msg, this.#durable.ackWaitMs, ackWaitMs)
     const delivery = { subject: names.subjectOf(msg.subject), payload, headers, seq, attempt, publishedAt: new Date(time), hold }

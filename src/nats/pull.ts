@@ -3,6 +3,7 @@
 import { createInbox, type Msg } from '@nats-io/transport-node'
 import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { mapped } from './errors.ts'
+import { headersOf } from './wire.ts'
 
 export interface PullOptions {
   readonly batch: number
@@ -52,7 +53,7 @@ function ask(context: Context, stream: string, consumer: string, options: PullOp
     const subscription = nc.subscribe(inbox, {
       callback: (error, msg) => {
         if (error) return finish('ended')
-        const code = msg.data.length === 0 ? (msg.headers?.code ?? 0) : 0
+        const code = msg.data.length === 0 ? (headersOf(msg)?.code ?? 0) : 0
         if (code === HEARTBEAT) return watch(2 * HEARTBEAT_MS)
         if (code === NO_RESPONDERS) return watch(NOBODY_MS)
         if (code > 0) return finish(code === GONE ? 'ended' : 'answered')

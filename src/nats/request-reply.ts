@@ -24,7 +24,7 @@ import {
 import { errorText } from '../runtime/error-text.ts'
 import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { isNoResponders, isTimeout, natsError } from './errors.ts'
-import { pack, parsed, unpack } from './wire.ts'
+import { headersOf, pack, parsed, unpack } from './wire.ts'
 
 type Handler = (request: Request) => Payload | Promise<Payload>
 
@@ -128,7 +128,7 @@ export class NatsRequestReply implements RequestReply {
       if (isTimeout(error)) throw late()
       throw natsError(error)
     }
-    const failed = reply.headers?.get(FAILED)
+    const failed = headersOf(reply)?.get(FAILED)
     if (failed) throw new BusError('handler_failed', String(parsed(failed) ?? failed))
     return reply.data
   }
@@ -206,7 +206,7 @@ class NatsResponder implements Responder {
   }
 
   #take(msg: Msg): void {
-    const timeoutMs = Number(msg.headers?.get(TIMEOUT) || 0)
+    const timeoutMs = Number(headersOf(msg)?.get(TIMEOUT) || 0)
     const margin = Math.min(TRANSIT_MS, timeoutMs / 10)
     // One of another client of NATS says nothing of a deadline.
     const deadline = timeoutMs > 0 ? this.#context.clock.now() + timeoutMs - margin : Number.POSITIVE_INFINITY
@@ -240,7 +240,7 @@ class NatsResponder implements Responder {
     let reply: Uint8Array
     const headers = newHeaders()
     try {
-      const { payload, headers: given } = unpack(msg.headers, msg.data)
+      const { payload, headers: given } = unpack(headersOf(msg), msg.data)
       const request = { subject: names.requestSubjectOf(msg.subject), payload, headers: given, signal }
       reply = checkPayload(await this.#handler(request), maxPayloadBytes, 'reply')
     } catch (error) {

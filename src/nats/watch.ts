@@ -11,6 +11,7 @@ import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
 import type { Entries, StoredEntry } from './entries.ts'
 import { LONG_TRANSIT_MS, pull } from './pull.ts'
+import { headersOf } from './wire.ts'
 
 const BATCH = 250
 const PULL_MS = 20_000
@@ -78,7 +79,7 @@ export class WatchSource implements ChangeSource {
         }
         this.#consumerSeq = consumerSeq
         this.#seq = seq
-        const entry = this.#entries.entry(msg.subject, msg.headers, msg.data, seq, time)
+        const entry = this.#entries.entry(msg.subject, headersOf(msg), msg.data, seq, time)
         if (seq <= this.#presentUpTo && (entry.deleted || entry.expired)) continue
         const change = this.#change(entry)
         if (change) changes.push(change)

@@ -6,7 +6,8 @@
  *   klieo-packed    the payload begins with so many bytes of that JSON: JetStream takes less than 64 KiB of headers
  */
 
-import { type MsgHdrs, headers as newHeaders } from '@nats-io/transport-node'
+import type { StoredMsg } from '@nats-io/jetstream'
+import { type Msg, type MsgHdrs, headers as newHeaders } from '@nats-io/transport-node'
 import { EMPTY_HEADERS, type Headers } from '../core/index.ts'
 
 const ODD = 'klieo-headers'
@@ -57,6 +58,15 @@ export function pack(payload: Uint8Array, headers: Headers, own: Readonly<Record
   const odd = entries.filter((entry) => !isPlain(entry))
   if (odd.length > 0) packed.set(ODD, JSON.stringify(odd).replaceAll(SERVERS, '\\u004eats-'))
   return { headers: packed, payload }
+}
+
+/** Another client may write names that this one refuses to read, one with a space as a rule: such a message has no headers. */
+export function headersOf(msg: Pick<Msg, 'headers'> | Pick<StoredMsg, 'header'>): MsgHdrs | undefined {
+  try {
+    return 'header' in msg ? msg.header : msg.headers
+  } catch {
+    return undefined
+  }
 }
 
 export function unpack(headers: MsgHdrs | undefined, data: Uint8Array): { readonly headers: Headers; readonly payload: Uint8Array } {

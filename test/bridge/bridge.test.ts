@@ -10,7 +10,7 @@ import { MemoryBus } from '../../src/memory/index.ts'
 import { NatsBus } from '../../src/nats/index.ts'
 import { RolesStage } from '../security/support/roles-stage.ts'
 import { startChild } from '../support/child.ts'
-import { ownNatsServer, whyNoNats, whyNoOwnNats } from '../support/nats-server.ts'
+import { ownNatsServer, publishRaw, whyNoNats, whyNoOwnNats } from '../support/nats-server.ts'
 import { eventually } from '../support/wait.ts'
 import { ACK_WAIT_MS, type AnyBus, altered, type Backend, DIRECTIONS, HeldAcks, HeldPublishes, Stage, textOf } from './support/stage.ts'
 
@@ -430,6 +430,16 @@ describe.skipIf(missing !== undefined)(`the bridge${missing === undefined ? '' :
     expect((await here.all()).sort()).toEqual(wanted)
     expect([out.stats, back.stats]).toEqual([0, 0].map(() => expect.objectContaining({ relayed: expect.any(Number), duplicates: 0 })))
     await Promise.all([stage.isDone('postgres', `${subject}-out`), stage.isDone('nats', `${subject}-back`)])
+  })
+
+  test('B1 a message of another client with a name of a header that cannot be read stops nothing', async () => {
+    const subject = stage.fresh('name')
+    const there = await stage.read('postgres', subject)
+    await publishRaw(stage.natsUrl, `${stage.prefix}.msg.${subject}`, 'two words: x', '1')
+    await publish('nats', subject, '2')
+    stage.bridge(await stage.connect('nats'), await stage.connect('postgres'), subject, { durable: subject })
+    await there.until(2)
+    expect(await there.all()).toEqual(['1', '2'])
   })
 
   test('B1 B6 the dead letter that a consumer of a relayed message left is a message of its own, and goes back', async () => {

@@ -9,7 +9,7 @@ import { Kvm } from '@nats-io/kv'
 import { connect, headers, type NatsConnection } from '@nats-io/transport-node'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { NatsBus } from '../../src/nats/index.ts'
-import { type NatsServer, ownNatsServer, whyNoOwnNats } from '../support/nats-server.ts'
+import { type NatsServer, ownNatsServer, publishRaw, whyNoOwnNats } from '../support/nats-server.ts'
 import { eventually } from '../support/wait.ts'
 
 const missing = whyNoOwnNats()
@@ -130,6 +130,34 @@ describe.skipIf(missing !== undefined)(`faults around NATS${missing === undefine
     await other.close()
     expect(text((await first).value!.operation === 'put' ? (await first).value!.entry.value : new Uint8Array())).toBe('1')
     await watch.close()
+  })
+
+  test('P3 a name of a header that the client refuses to read is no obstacle to a durable, a purge, a key and a responder', async () => {
+    for (const payload of ['with', '']) await publishRaw(server.url, 'klieo.msg.name', 'two words: x\r\na: b', payload)
+    await bus.pubsub.publish('name', 'then', { headers: { a: 'b' } })
+    const stream = await bus.pubsub.subscribe('name', 'name')
+    const messages = stream[Symbol.asyncIterator]()
+    for (const wanted of [
+      ['with', {}],
+      ['', {}],
+      ['then', { a: 'b' }],
+    ]) {
+      const message = (await messages.next()).value!
+      expect([text(message.payload), message.headers, message.attempt]).toEqual([...wanted, 1])
+      await message.ack()
+    }
+    await stream.close()
+    expect(await bus.admin.purgeMessages('name')).toBe(3)
+    await publishRaw(server.url, '$KV.klieo_kv.name.k', 'two words: x', 'v')
+    expect(text((await bus.kv.get('name', 'k'))!.value)).toBe('v')
+    const heard: string[] = []
+    await bus.requestReply.respond('name', ({ payload }) => {
+      heard.push(text(payload))
+      return ''
+    })
+    await publishRaw(server.url, 'klieo.req.name', 'two words: x', 'asked')
+    await eventually(() => heard.length === 1, { timeoutMs: 5_000 })
+    expect(heard).toEqual(['asked'])
   })
 
   test('headers that somebody else wrote into the bus’s own are no obstacle', async () => {

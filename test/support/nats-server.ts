@@ -96,6 +96,21 @@ export async function ownNatsServer(settings = NATS_CONFIG, flags: readonly stri
   }
 }
 
+/** As a client does that does not look at the names of headers. */
+export async function publishRaw(url: string, subject: string, header: string, payload: string): Promise<void> {
+  const [host, port] = url.split(':')
+  const socket = connect(Number(port), host)
+  const head = `NATS/1.0\r\n${header}\r\n\r\n`
+  const size = Buffer.byteLength(head)
+  socket.write('CONNECT {"verbose":false,"pedantic":false,"headers":true}\r\n')
+  socket.write(`HPUB ${subject} ${size} ${size + Buffer.byteLength(payload)}\r\n${head}${payload}\r\nPING\r\n`)
+  await new Promise<void>((resolve, reject) => {
+    socket.once('error', reject)
+    socket.on('data', (data) => data.includes('PONG') && resolve())
+  })
+  socket.destroy()
+}
+
 /** That of the run, which is shared, or one of the test's own. */
 export async function natsServer(): Promise<Pick<NatsServer, 'url' | 'remove'>> {
   const { url } = inject('nats')
