@@ -104,6 +104,8 @@ export class Relay {
   #failure: { readonly error: unknown } | undefined
   #messages: AsyncIterator<Msg> | undefined
   #asking = 0
+  /** To be held at once. */
+  #most: number
   /** How many came with each reading; until they are complete, nothing is relayed. */
   #recovering: { missing: number; extra: number } | undefined
   #onRecovered: (() => void) | undefined
@@ -117,6 +119,7 @@ export class Relay {
   constructor(options: RelayOptions) {
     this.#options = options
     this.#isWhole = options.to.supports.transactions
+    this.#most = options.maxInFlight
   }
 
   get held(): number {
@@ -145,11 +148,14 @@ export class Relay {
       const out = await this.#handedOut()
       if (this.#ending.signal.aborted || lost.aborted) return false
       this.#recovering = out > 0 ? { missing: out, extra: out } : undefined
+      // Where the missing are all due, they come first.
+      if (from.supports.redeliveryCounts) this.#most = Math.min(MAX_ACK_PENDING, Math.max(maxInFlight, out))
       stream = await from.pubsub.subscribe(subject, durable, {
         start,
         ackWaitMs,
-        // Where the missing come at any time, there must be room for them behind what is held (#room).
-        maxInFlight: from.supports.redeliveryCounts || out === 0 ? Math.min(MAX_ACK_PENDING, maxInFlight + out) : MAX_ACK_PENDING,
+        // Never more than is asked for: what lies in the stream goes back. Where the missing come at any time, there must be room for them
+        // behind what is held (#room), and nothing is fetched ahead.
+        maxInFlight: from.supports.redeliveryCounts || out === 0 ? this.#most : MAX_ACK_PENDING,
         maxAckPending: MAX_ACK_PENDING,
         // What it was handed comes after messages that the next fetch brings.
         onInterrupted: (error) => {
@@ -272,11 +278,10 @@ export class Relay {
   }
 
   #room(): number {
-    const { maxInFlight, from } = this.#options
-    if (!this.#recovering) return maxInFlight - this.#held.size
+    const { from } = this.#options
+    if (!this.#recovering || from.supports.redeliveryCounts) return this.#most - this.#held.size
     const { extra, missing } = this.#recovering
-    // Where they are all due, they come first.
-    return from.supports.redeliveryCounts ? maxInFlight + extra - this.#held.size : maxInFlight - (this.#held.size - (extra - missing))
+    return this.#most - (this.#held.size - (extra - missing))
   }
 
   #take(msg: Msg): void {

@@ -92,7 +92,7 @@ describe.skipIf(missing !== undefined)(`the bridge${missing === undefined ? '' :
       expect(bridge.stats).toMatchObject({ relayed: 3, refused: 1 })
     })
 
-    test('B1 while the target is away nothing is acked and no more than maxInFlight held; back, all come in order and once', async () => {
+    test('B1 B3 while the target is away nothing is acked and no more than maxInFlight held; back, all come in order and once', async () => {
       const subject = stage.fresh('away')
       const gate = await stage.gate(to)
       const target = await stage.connect(to, { gate })
