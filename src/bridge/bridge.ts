@@ -28,13 +28,12 @@ import {
   type SubscribeOptions,
 } from '../core/index.ts'
 import { reconnectDelayMs } from '../runtime/backoff.ts'
-import { systemClock } from '../runtime/clock.ts'
 import { Guard } from './guard.ts'
 import { idOf, longestAckWait } from './kept.ts'
 import { passes } from './passes.ts'
 import { Published } from './published.ts'
 import { Relay } from './relay.ts'
-import { within } from './within.ts'
+import { pause, within } from './within.ts'
 
 /** What a bridge uses of a bus. */
 export type BridgedBus = Pick<Bus, 'pubsub' | 'kv' | 'admin' | 'supports'>
@@ -232,23 +231,9 @@ export class Bridge implements AsyncDisposable {
       } catch (error) {
         if (!passes(error) || this.#stopping.signal.aborted) throw error
         this.#tell(error)
-        await this.#pause(reconnectDelayMs(failures))
+        await pause(reconnectDelayMs(failures), this.#stopping.signal)
       }
     }
-  }
-
-  #pause(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const { signal } = this.#stopping
-      const done = () => {
-        cancel()
-        signal.removeEventListener('abort', done)
-        resolve()
-      }
-      const cancel = systemClock.setTimer(done, ms)
-      signal.addEventListener('abort', done, { once: true })
-      if (signal.aborted) done()
-    })
   }
 
   /** What the callback throws is thrown where nobody catches it. */

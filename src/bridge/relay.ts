@@ -32,7 +32,7 @@ import { errorText } from '../runtime/error-text.ts'
 import type { BridgedBus, BridgeStats } from './bridge.ts'
 import { passes } from './passes.ts'
 import type { Published } from './published.ts'
-import { aborted, within } from './within.ts'
+import { aborted, pause, within } from './within.ts'
 
 export interface RelayOptions {
   readonly from: BridgedBus
@@ -144,7 +144,7 @@ export class Relay {
     try {
       onState('recovering')
       // A statement whose client is gone may be running still, and hand out messages.
-      if (this.#options.afterFailure) await this.#pause(STALE_MS)
+      if (this.#options.afterFailure) await pause(STALE_MS, this.#ending.signal)
       const out = await this.#handedOut()
       if (this.#ending.signal.aborted || lost.aborted) return false
       this.#recovering = out > 0 ? { missing: out, extra: out } : undefined
@@ -228,7 +228,7 @@ export class Relay {
       } else if (!wasThere) return 0
       // Made anew it would begin with what was relayed long ago. A server of a cluster that has just come back may not know it yet.
       else if (isLast || from.supports.readYourWrites) throw noSuchDurable(durable)
-      await this.#pause(pauseMs)
+      await pause(pauseMs, this.#ending.signal)
     }
   }
 
@@ -373,7 +373,7 @@ export class Relay {
     const { to, counts, mayPublish } = this.#options
     for (let failures = 1; ; failures++) {
       // Not for certain at the moment: a heartbeat is late, and either comes or ends this.
-      while (!this.#ending.signal.aborted && !mayPublish()) await this.#pause(UNCERTAIN_MS)
+      while (!this.#ending.signal.aborted && !mayPublish()) await pause(UNCERTAIN_MS, this.#ending.signal)
       if (this.#ending.signal.aborted) return false
       try {
         const messages = batch.map((held) => this.#relayed(held))
@@ -392,7 +392,7 @@ export class Relay {
         }
         if (!passes(error)) throw error
         this.#trouble(error)
-        await this.#pause(reconnectDelayMs(failures))
+        await pause(reconnectDelayMs(failures), this.#ending.signal)
       }
     }
   }
@@ -430,7 +430,7 @@ export class Relay {
       } catch (error) {
         if (!passes(error)) throw error
         this.#trouble(error)
-        await this.#pause(reconnectDelayMs(failures))
+        await pause(reconnectDelayMs(failures), this.#ending.signal)
       }
     }
   }
@@ -476,7 +476,7 @@ export class Relay {
         }
         if (!passes(error)) return isBusError(error, 'closed') ? this.#end() : this.#fail(error)
         if (this.#ending.signal.aborted) return
-        await this.#pause(reconnectDelayMs(failures))
+        await pause(reconnectDelayMs(failures), this.#ending.signal)
       }
     }
     this.#held.delete(held.id)
@@ -493,20 +493,6 @@ export class Relay {
     this.#ackGathered()
     const back = [...this.#held.values()].filter(({ isPublished }) => !isPublished).map(({ msg }) => msg.nak())
     await within(HAND_BACK_MS, Promise.allSettled([...back, stream?.close()]))
-  }
-
-  #pause(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const { signal } = this.#ending
-      const done = () => {
-        cancel()
-        signal.removeEventListener('abort', done)
-        resolve()
-      }
-      const cancel = systemClock.setTimer(done, ms)
-      signal.addEventListener('abort', done, { once: true })
-      if (signal.aborted) done()
-    })
   }
 }
 

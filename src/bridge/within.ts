@@ -26,3 +26,17 @@ export async function unlessAborted<T>(signal: AbortSignal, settling: Promise<T>
     signal.removeEventListener('abort', onAbort)
   }
 }
+
+/** Resolves after so long, or when the signal is aborted. */
+export function pause(ms: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const done = () => {
+      cancel()
+      signal.removeEventListener('abort', done)
+      resolve()
+    }
+    const cancel = systemClock.setTimer(done, ms)
+    signal.addEventListener('abort', done, { once: true })
+    if (signal.aborted) done()
+  })
+}
