@@ -6,6 +6,7 @@
 
 import { execFile } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
+import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import pg from 'pg'
 import type { TestProject } from 'vitest/node'
@@ -23,7 +24,11 @@ const MAX_CONNECTIONS = '300'
 const DOCKER_ANSWERS_WITHIN_MS = 3_000
 const NATS_PORT = 4222
 
+/** Tests start some hundreds of processes, most of which load the same modules. */
+const COMPILED = fileURLToPath(new URL('../../node_modules/.cache/klieo-bus', import.meta.url))
+
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
+  process.env.NODE_COMPILE_CACHE ??= COMPILED
   const prefix = `t${randomBytes(4).toString('hex')}_`
   const docker = dockerAnswers()
   const [server, nats] = await Promise.all([findServer(docker), findNats(docker)])
