@@ -211,7 +211,9 @@ export function streamTests<Tx>(suite: Suite<Tx>): void {
       await one.nak()
       const again = await next()
       assert.deepEqual([text(again.payload), again.attempt], ['1', 2])
-      const redelivered = await next()
+      let redelivered = await next()
+      // On a busy machine its own ack wait may be over, too, before it is looked for what is due.
+      while (text(redelivered.payload) === '1') redelivered = await next()
       assert.deepEqual([text(redelivered.payload), redelivered.attempt], ['2', 2])
     })
 
