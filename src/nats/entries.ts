@@ -16,7 +16,7 @@ import type { Context } from './context.ts'
 import { infoOf } from './deliveries.ts'
 import { isDuplicateUnderWay, isNotThere, isWrongSequence, patiently } from './errors.ts'
 import { pull } from './pull.ts'
-import { headersOf, ownId } from './wire.ts'
+import { headersOf, ownId, plain } from './wire.ts'
 
 export interface StoredEntry {
   /** As in the bucket. */
@@ -177,7 +177,7 @@ export class Entries {
     const expiresAt = ttl ? storedAt + Number(ttl) : undefined
     return {
       key: subject.slice(this.subject('').length),
-      value,
+      value: plain(value),
       headers,
       revision,
       storedAt,

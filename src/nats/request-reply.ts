@@ -24,7 +24,7 @@ import {
 import { errorText } from '../runtime/error-text.ts'
 import { ANSWER_WITHIN_MS, type Context } from './context.ts'
 import { isNoResponders, isTimeout, natsError } from './errors.ts'
-import { headersOf, pack, parsed, unpack } from './wire.ts'
+import { headersOf, pack, parsed, plain, unpack } from './wire.ts'
 
 type Handler = (request: Request) => Payload | Promise<Payload>
 
@@ -130,7 +130,7 @@ export class NatsRequestReply implements RequestReply {
     }
     const failed = headersOf(reply)?.get(FAILED)
     if (failed) throw new BusError('handler_failed', String(parsed(failed) ?? failed))
-    return reply.data
+    return plain(reply.data)
   }
 
   /** In a cluster a server hears of a responder at another one a little after that one has answered him. */

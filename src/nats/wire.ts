@@ -69,7 +69,13 @@ export function headersOf(msg: Pick<Msg, 'headers'> | Pick<StoredMsg, 'header'>)
   }
 }
 
-export function unpack(headers: MsgHdrs | undefined, data: Uint8Array): { readonly headers: Headers; readonly payload: Uint8Array } {
+/** The client's bytes are a Buffer where they come from a socket; of that `slice` shares its memory, which nobody expects of a Uint8Array. */
+export function plain(bytes: Uint8Array): Uint8Array {
+  return new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+}
+
+export function unpack(headers: MsgHdrs | undefined, bytes: Uint8Array): { readonly headers: Headers; readonly payload: Uint8Array } {
+  const data = plain(bytes)
   if (!headers) return { headers: EMPTY_HEADERS, payload: data }
   const entries: [string, string][] = []
   for (const name of headers.keys()) if (!RESERVED.test(name)) entries.push([name, headers.get(name)])
