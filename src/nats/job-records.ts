@@ -255,9 +255,8 @@ export class JobRecords {
     const { js, names } = this.#context
     const { data, state } = record
     const { payload, headers } = await this.#withPayload(data)
-    const own = Object.entries(headers).filter(([name]) => !name.startsWith('dlq_'))
     const letter = pack(payload, {
-      ...Object.fromEntries(own),
+      ...headers,
       dlq_reason: oneLine(state.reason ?? ''),
       dlq_queue: data.queue,
       dlq_job_id: data.id,

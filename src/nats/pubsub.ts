@@ -240,14 +240,13 @@ class Member implements DeliveryBackend<HeldDelivery, never> {
    */
   async #bury({ payload, headers, subject, seq, hold }: HeldDelivery, attempts: number): Promise<boolean> {
     const { maxPayloadBytes } = this.#context
-    const own = Object.entries(headers).filter(([name]) => !name.startsWith('dlq_'))
     const added = { dlq_reason: 'max_deliver_exceeded', dlq_subject: subject, dlq_seq: String(seq), dlq_attempts: String(attempts) }
     try {
-      await this.#publishLetter(seq, payload, { ...Object.fromEntries(own), ...added })
+      await this.#publishLetter(seq, payload, { ...headers, ...added })
     } catch (error) {
       if (!isBusError(error, 'payload_too_large')) throw error
       // Somebody else's client may publish what leaves no room for more.
-      const dropped = { dlq_headers_dropped: String(own.length), dlq_payload_bytes: String(payload.byteLength) }
+      const dropped = { dlq_headers_dropped: String(Object.keys(headers).length), dlq_payload_bytes: String(payload.byteLength) }
       await this.#publishLetter(seq, payload.subarray(0, maxPayloadBytes), { ...added, ...dropped })
     }
     return hold.settle('+TERM')

@@ -205,14 +205,16 @@ export function deliveryTests<Tx>(suite: Suite<Tx>): void {
       const durable = unique('d')
       const { next, nothing } = await stage.subscribe(bus, subject, durable, { ackWaitMs: 1_000, maxDeliver: 3 })
       const letters = await stage.subscribe(other, `${durable}.dlq`, unique('d'))
-      const { seq } = await bus.pubsub.publish(subject, Uint8Array.of(0, 255), { headers: { mine: 'yes', empty: '' } })
+      const { seq } = await bus.pubsub.publish(subject, Uint8Array.of(0, 255), {
+        headers: { mine: 'yes', empty: '', dlq_seq: 'not mine', dlq_from: 'kept' },
+      })
       for (const attempt of [1, 2, 3]) assert.equal((await next()).attempt, attempt)
       const [letter] = await Promise.all([letters.next(), nothing(1_000 + QUIET_MS)])
       assert.equal(letter.subject, `${durable}.dlq`)
       assert.deepEqual([...letter.payload], [0, 255])
       const { dlq_reason, ...headers } = letter.headers
       assert.ok(dlq_reason)
-      sameHeaders(headers, { mine: 'yes', empty: '', dlq_subject: subject, dlq_seq: String(seq), dlq_attempts: '3' })
+      sameHeaders(headers, { mine: 'yes', empty: '', dlq_from: 'kept', dlq_subject: subject, dlq_seq: String(seq), dlq_attempts: '3' })
       await letter.ack()
       await Promise.all([letters.nothing(600), nothing(600)])
     })

@@ -125,14 +125,21 @@ export function jobEndingTests<Tx>(suite: Suite<Tx>): void {
       const id = await bus.jobs.enqueue(queue, {
         payload: Uint8Array.of(0, 255),
         maxAttempts: 2,
-        headers: { mine: '1', dlq_queue: 'not mine' },
+        headers: { mine: '1', dlq_queue: 'not mine', dlq_from: 'kept' },
       })
       await (await claimed(bus, queue)).nak(0)
       await letters.nothing()
       await (await claimed(bus, queue)).nak(60_000)
       const letter = await letters.next()
       sameBytes(letter.payload, Uint8Array.of(0, 255))
-      sameHeaders(letter.headers, { mine: '1', dlq_reason: 'max_attempts_exceeded', dlq_queue: queue, dlq_job_id: id, dlq_attempts: '2' })
+      sameHeaders(letter.headers, {
+        mine: '1',
+        dlq_from: 'kept',
+        dlq_reason: 'max_attempts_exceeded',
+        dlq_queue: queue,
+        dlq_job_id: id,
+        dlq_attempts: '2',
+      })
       await none(bus, queue)
       await letters.nothing()
     })
