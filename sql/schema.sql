@@ -243,7 +243,7 @@ create view klieo.job_details as
     queue,
         CASE
             WHEN (died_at IS NOT NULL) THEN 'dead'::text
-            WHEN (visible_at <= clock_timestamp()) THEN 'ready'::text
+            WHEN (visible_at <= statement_timestamp()) THEN 'ready'::text
             WHEN (token IS NOT NULL) THEN 'running'::text
             ELSE 'scheduled'::text
         END AS state,
@@ -3810,7 +3810,7 @@ comment on column klieo.job_details.queue is 'The queue.';
 
 comment on column klieo.job_details.run_at is 'When it became or becomes due.';
 
-comment on column klieo.job_details.state is 'ready, scheduled, running or dead.';
+comment on column klieo.job_details.state is 'ready, scheduled, running or dead, when the statement began.';
 
 comment on column klieo.job_details.worker_id is 'Who claimed it last.';
 

@@ -76,7 +76,8 @@ select
   j.queue,
   case
     when j.died_at is not null then 'dead'
-    when j.visible_at <= clock_timestamp() then 'ready'
+    -- A stable time, so that the view becomes part of the query: else no index gives its rows in their order.
+    when j.visible_at <= statement_timestamp() then 'ready'
     when j.token is not null then 'running'
     else 'scheduled'
   end as state,
@@ -97,7 +98,7 @@ from klieo.jobs j;
 comment on view klieo.job_details is 'A row per job that still exists.';
 comment on column klieo.job_details.id is 'The job''s id.';
 comment on column klieo.job_details.queue is 'The queue.';
-comment on column klieo.job_details.state is 'ready, scheduled, running or dead.';
+comment on column klieo.job_details.state is 'ready, scheduled, running or dead, when the statement began.';
 comment on column klieo.job_details.priority is 'Higher is claimed first.';
 comment on column klieo.job_details.attempts is 'Claims so far.';
 comment on column klieo.job_details.max_attempts is 'Claims it may have.';

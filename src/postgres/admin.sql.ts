@@ -1,5 +1,7 @@
 /** The statements of administration. What is only looked at is read from the views. */
 
+import type { JobState } from '../core/admin.ts'
+
 export const QUEUES = `
   select queue, ready, scheduled, running, dead, date_part('epoch', oldest_ready_at) * 1000::double precision as oldest_ready_at_ms,
     date_part('epoch', paused_at) * 1000::double precision as paused_at_ms
@@ -11,13 +13,38 @@ const JOB_COLUMNS = `
     date_part('epoch', run_at) * 1000::double precision as run_at_ms, date_part('epoch', leased_until) * 1000::double precision as leased_until_ms,
     worker_id, dedup_key, last_error, date_part('epoch', died_at) * 1000::double precision as died_at_ms, octet_length(payload) as payload_bytes`
 
-/** $1 after this id, $2 queue or null, $3 state or null, $4 how many. By the number: `id` alone would be the text. */
-export const JOBS = `
-  select ${JOB_COLUMNS}
-  from klieo.job_details j
-  where j.id > $1::text::bigint and ($2::text is null or j.queue = $2::text) and ($3::text is null or j.state = $3::text)
-  order by j.id
-  limit $4`
+/** How many jobs a statement lists, at the most. */
+export const JOBS_PAGE = 500
+
+/** $1 after this id, then the queue and the state where they are given. */
+export function jobsStatement(ofQueue: boolean, state: JobState | undefined): string {
+  const which = ofQueue ? 'and j.queue = $2::text' : ''
+  const some = (more: string) => `
+    select ${JOB_COLUMNS}
+    from klieo.job_details j
+    where j.id > $1::text::bigint ${which} ${more}
+    order by j.id
+    limit ${JOBS_PAGE}`
+  if (state === 'dead') return some('and j.died_at is not null')
+  // Nobody knows how many are in a state: an order that is asked for first is not got by sorting all that are.
+  if (state !== undefined) {
+    return `
+      select ${JOB_COLUMNS}
+      from (select * from klieo.job_details j where j.id > $1::text::bigint ${which} and j.died_at is null order by j.id offset 0) j
+      where j.state = $${ofQueue ? 3 : 2}::text
+      order by j.id
+      limit ${JOBS_PAGE}`
+  }
+  // The living and the dead of a queue have an index each.
+  if (ofQueue) {
+    return `
+      select *
+      from ((${some('and j.died_at is null')}) union all (${some('and j.died_at is not null')})) j
+      order by j.id::bigint
+      limit ${JOBS_PAGE}`
+  }
+  return some('')
+}
 
 /** $1 id */
 export const JOB = `

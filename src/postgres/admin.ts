@@ -33,7 +33,8 @@ import {
   CANCEL_JOB,
   DURABLES,
   JOB,
-  JOBS,
+  JOBS_PAGE,
+  jobsStatement,
   PAUSE_QUEUE,
   PURGE_MESSAGES,
   PURGE_QUEUE,
@@ -47,7 +48,6 @@ import {
 import { fromBase64, pgArray } from './arrays.ts'
 import type { Context } from './context.ts'
 
-const PAGE = 500
 /** Removed, or looked at, in one statement. */
 const BATCH = 10_000
 
@@ -117,11 +117,13 @@ export class PostgresAdmin implements Admin {
     this.#context.checkOpen()
     const { queue, state, after = '0' } = checkListing(options)
     if (!isNumber(after)) throw invalid('after', after, 'must be the id of a job')
+    const statement = jobsStatement(queue !== undefined, state)
+    const which = [queue, state === 'dead' ? undefined : state].filter((value) => value !== undefined)
     for (let last = after; ; ) {
-      const rows = await this.#query<JobRow>(JOBS, [last, queue ?? null, state ?? null, PAGE], 'jobs')
+      const rows = await this.#query<JobRow>(statement, [last, ...which], 'jobs')
       yield* rows.map(toJobInfo)
       const end = rows.at(-1)
-      if (!end || rows.length < PAGE) return
+      if (!end || rows.length < JOBS_PAGE) return
       last = end.id
     }
   }

@@ -1,6 +1,8 @@
 /** What an operator does to jobs beside those who hold, claim and settle them: the steps of two sessions, written out. */
 
 import { describe, expect, test } from 'vitest'
+import type { ListJobsOptions } from '../../src/index.ts'
+import { JOBS_PAGE, jobsStatement } from '../../src/postgres/admin.sql.ts'
 import { eventually } from '../support/wait.ts'
 import {
   bus,
@@ -207,4 +209,50 @@ test('A1 what the role may not is told with the grant for it', async () => {
   await caller.query('reset role')
   await observer.query(`select ${schema}.revoke_role('${role}')`)
   await observer.query(`drop role "${role}"`)
+})
+
+describe('a listing', () => {
+  /** Rows read by the statement of a page, as a plan says that is made for any values. */
+  async function read(statement: string, values: string): Promise<number> {
+    await observer.query(`prepare page as ${statement.replaceAll('klieo.', `${schema}.`)}`)
+    try {
+      const { rows } = await observer.query(`explain (analyze, costs off, timing off, summary off) execute page(${values})`)
+      const lines = (rows as { 'QUERY PLAN': string }[]).map((row) => row['QUERY PLAN'])
+      return lines.reduce((sum, line) => sum + Number(/Scan .*actual rows=([0-9]+)/.exec(line)?.[1] ?? 0) + removed(line), 0)
+    } finally {
+      await observer.query('deallocate page')
+    }
+  }
+  async function listed(options: ListJobsOptions): Promise<number[]> {
+    const ids: number[] = []
+    for await (const { id } of bus.admin.jobs(options)) ids.push(Number(id))
+    return ids
+  }
+  const removed = (line: string) => Number(/Rows Removed by Filter: ([0-9]+)/.exec(line)?.[1] ?? 0)
+
+  test('A1 reads about a page, and of a queue or of the dead not what lies in others', async () => {
+    const [big, small] = [freshQueue(), freshQueue()]
+    const fill = (queue: string, count: number, diedAt = 'null') =>
+      observer.query(
+        `insert into ${schema}.jobs (queue, payload, run_at, visible_at, died_at)
+         select $1, 'x', now(), now(), ${diedAt}::timestamptz from generate_series(1, $2)`,
+        [queue, count],
+      )
+    const [row] = (await observer.query(`select last_value::text as id from ${schema}.job_id`)).rows as { id: string }[]
+    const after = `'${row!.id}'`
+    await fill(small, 3)
+    await fill(big, 20_000)
+    await fill(small, 2, 'now()')
+    await observer.query(`analyze ${schema}.jobs`)
+    expect(await read(jobsStatement(false, undefined), after)).toBeLessThan(4 * JOBS_PAGE)
+    expect(await read(jobsStatement(false, 'ready'), `${after}, 'ready'`)).toBeLessThan(4 * JOBS_PAGE)
+    for (const state of [undefined, 'ready', 'dead'] as const) {
+      expect((await listed({ queue: small, ...(state && { state }) })).length).toBe({ all: 5, ready: 3, dead: 2 }[state ?? 'all'])
+      expect(await read(jobsStatement(true, state), `${after}, '${small}'${state === 'ready' ? ", 'ready'" : ''}`)).toBeLessThan(JOBS_PAGE)
+    }
+    // Page after page, each once and in their order.
+    const ids = await listed({ queue: big })
+    expect(ids.length).toBe(20_000)
+    expect(ids).toEqual([...new Set(ids)].sort((a, b) => a - b))
+  })
 })

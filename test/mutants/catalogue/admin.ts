@@ -63,7 +63,7 @@ export const adminMutants: readonly Mutant[] = [
     rule: 'A1',
     guarantee: 'jobs are listed in the order of their ids, each once',
     broken: 'the order is that of the ids as texts',
-    edits: [{ file: 'src/postgres/admin.sql.ts', find: 'order by j.id', replace: 'order by id' }],
+    edits: [{ file: 'src/postgres/admin.sql.ts', find: 'order by j.id::bigint', replace: 'order by j.id' }],
     files: [POSTGRES],
     caughtBy: ['A1 more jobs than fit in a page are listed once each'],
     beside: ['A1 a job is shown with what it carries'],
