@@ -16,34 +16,64 @@ const JOB_COLUMNS = `
 /** How many jobs a statement lists, at the most. */
 export const JOBS_PAGE = 500
 
-/** $1 after this id, then the queue and the state where they are given. */
+const JOBS = `
+  select ${JOB_COLUMNS}
+  from klieo.job_details j
+  where j.id > $1::text::bigint
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+// Nobody knows how many are in a state: an order that is asked for first is not got by sorting all that are.
+const JOBS_IN_STATE = `
+  select ${JOB_COLUMNS}
+  from (select * from klieo.job_details j where j.id > $1::text::bigint and j.died_at is null order by j.id offset 0) j
+  where j.state = $2::text
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+const DEAD_JOBS = `
+  select ${JOB_COLUMNS}
+  from klieo.job_details j
+  where j.id > $1::text::bigint and j.died_at is not null
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+// The living and the dead of a queue have an index each.
+const LIVING_JOBS_OF_QUEUE = `
+  select ${JOB_COLUMNS}
+  from klieo.job_details j
+  where j.id > $1::text::bigint and j.queue = $2::text and j.died_at is null
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+const DEAD_JOBS_OF_QUEUE = `
+  select ${JOB_COLUMNS}
+  from klieo.job_details j
+  where j.id > $1::text::bigint and j.queue = $2::text and j.died_at is not null
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+// By the number: `id` alone would be the text.
+const JOBS_OF_QUEUE = `
+  select *
+  from ((${LIVING_JOBS_OF_QUEUE}) union all (${DEAD_JOBS_OF_QUEUE})) j
+  order by j.id::bigint
+  limit ${JOBS_PAGE}`
+
+const JOBS_OF_QUEUE_IN_STATE = `
+  select ${JOB_COLUMNS}
+  from (
+    select * from klieo.job_details j where j.id > $1::text::bigint and j.queue = $2::text and j.died_at is null order by j.id offset 0
+  ) j
+  where j.state = $3::text
+  order by j.id
+  limit ${JOBS_PAGE}`
+
+/** $1 after this id, then the queue and the state where they are given, but for `dead`. */
 export function jobsStatement(ofQueue: boolean, state: JobState | undefined): string {
-  const which = ofQueue ? 'and j.queue = $2::text' : ''
-  const some = (more: string) => `
-    select ${JOB_COLUMNS}
-    from klieo.job_details j
-    where j.id > $1::text::bigint ${which} ${more}
-    order by j.id
-    limit ${JOBS_PAGE}`
-  if (state === 'dead') return some('and j.died_at is not null')
-  // Nobody knows how many are in a state: an order that is asked for first is not got by sorting all that are.
-  if (state !== undefined) {
-    return `
-      select ${JOB_COLUMNS}
-      from (select * from klieo.job_details j where j.id > $1::text::bigint ${which} and j.died_at is null order by j.id offset 0) j
-      where j.state = $${ofQueue ? 3 : 2}::text
-      order by j.id
-      limit ${JOBS_PAGE}`
-  }
-  // The living and the dead of a queue have an index each.
-  if (ofQueue) {
-    return `
-      select *
-      from ((${some('and j.died_at is null')}) union all (${some('and j.died_at is not null')})) j
-      order by j.id::bigint
-      limit ${JOBS_PAGE}`
-  }
-  return some('')
+  if (state === undefined) return ofQueue ? JOBS_OF_QUEUE : JOBS
+  if (state === 'dead') return ofQueue ? DEAD_JOBS_OF_QUEUE : DEAD_JOBS
+  return ofQueue ? JOBS_OF_QUEUE_IN_STATE : JOBS_IN_STATE
 }
 
 /** $1 id */

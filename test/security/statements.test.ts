@@ -12,7 +12,7 @@ const HOME_OF_QUOTING = 'postgres/schema-name.ts'
 
 /** What a statement may be made of besides its own text: constants of the source. Kysely's sql`` makes parameters of the rest. */
 const CONSTANTS: Readonly<Record<string, readonly string[]>> = {
-  'postgres/admin.sql.ts': ['JOB_COLUMNS'],
+  'postgres/admin.sql.ts': ['JOB_COLUMNS', 'JOBS_PAGE', 'LIVING_JOBS_OF_QUEUE', 'DEAD_JOBS_OF_QUEUE'],
   'postgres/kv.sql.ts': ['WRITE_PARAMETERS'],
   'postgres/database.ts': ['CHECK_MS'],
   'postgres/migrations.ts': ['MIGRATION_TABLE'],
