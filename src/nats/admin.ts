@@ -180,22 +180,23 @@ export class NatsAdmin implements Admin {
     this.#context.checkOpen()
     const durables = await this.#durables.all()
     const infos = await Promise.all(
-      durables.map(async (durable): Promise<DurableInfo> => {
-        const info = await this.#durables.info(durable)
-        const out = info?.num_ack_pending ?? 0
+      durables.map(async (durable): Promise<DurableInfo | null> => {
+        const info = await this.#durables.infoOf(durable)
+        if (!info) return null
+        const out = info.num_ack_pending
         // JetStream counts what was delivered more than once, and does not say which of it is out and which waits.
-        const redelivering = Math.min(out, info?.num_redelivered ?? 0)
+        const redelivering = Math.min(out, info.num_redelivered)
         return {
           durable: durable.durable,
           filter: durable.filter,
-          pending: info?.num_pending ?? 0,
+          pending: info.num_pending,
           inFlight: out - redelivering,
           redelivering,
-          lastActiveAt: new Date(info?.delivered.last_active ?? info?.created ?? 0),
+          lastActiveAt: new Date(info.delivered.last_active ?? info.created),
         }
       }),
     )
-    return infos.sort((a, b) => (a.durable < b.durable ? -1 : 1))
+    return infos.filter((info) => info !== null).sort((a, b) => (a.durable < b.durable ? -1 : 1))
   }
 
   async seekDurable(durable: string, start: NonNullable<SubscribeOptions['start']>): Promise<void> {

@@ -135,6 +135,16 @@ export class Durables {
     return consumerInfo(this.#context, this.#context.names.messages, durable.consumer)
   }
 
+  /** What its consumer says, made where it is not there yet: without it nobody knows what waits. @returns `null` when there is no such durable any more */
+  async infoOf(durable: Durable): Promise<ConsumerInfo | null> {
+    for (let one: Durable | null = durable; one; ) {
+      const info = await this.info(one)
+      if (info) return info
+      if (!(await this.ensure(one))) one = await this.find(one.durable)
+    }
+    return null
+  }
+
   /** One that is marked as ending. @returns false when somebody else has done it */
   async #end({ value, revision }: { readonly value: Durable; readonly revision: number }): Promise<boolean> {
     await this.deleteConsumer(value.consumer)

@@ -265,6 +265,7 @@ describe.skipIf(missing !== undefined)(`the bridge${missing === undefined ? '' :
       })
       await publish(from, subject, 'x'.repeat(2_000))
       stage.bridge(flaky, await stage.connect(to, { maxPayloadBytes: 1_000 }), subject, { durable: subject })
+      await eventually(() => tries.length >= 3)
       await stage.isDone(from, subject)
       expect(tries).toEqual([1, 2, 3].map(() => `${subject}.dlq`))
       expect(await letters.all()).toHaveLength(1)

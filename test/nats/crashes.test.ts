@@ -68,6 +68,19 @@ describe.skipIf(missing !== undefined)(`crashes on NATS${missing === undefined ?
     })
   })
 
+  test('A1 a durable whose consumer was never made, or went when it was moved, is counted all the same', async () => {
+    for (let n = 0; n < 3; n++) await bus.pubsub.publish('a1', 'x')
+    const start = { durable: 'a1', filter: 'a1', id: 'i', consumer: 'a1-c', start: 'all', ackWaitMs: 30_000, maxAckPending: 10 }
+    await (await open('durables')).put('a1', JSON.stringify(start))
+    const counted = async () => (await bus.admin.durables()).find(({ durable }) => durable === 'a1')
+    expect(await counted()).toMatchObject({ pending: 3, inFlight: 0 })
+    await jsm.consumers.delete(`${prefix}_messages`, 'a1-c')
+    await bus.admin.seekDurable('a1', 'all')
+    expect(await counted()).toMatchObject({ pending: 3, inFlight: 0 })
+    await bus.pubsub.deleteDurable('a1')
+    expect(await counted()).toBeUndefined()
+  })
+
   test('P11 a durable whose consumer was never made gets it at the next subscription', async () => {
     await bus.pubsub.publish('p11', 'x')
     const start = { durable: 'p11', filter: 'p11', id: 'i', consumer: 'p11-c', start: 'all', ackWaitMs: 30_000, maxAckPending: 10 }
