@@ -307,6 +307,8 @@ describe('what reaches whom', () => {
     await eventually(() => handled.length === 5 || child.unread().length === 100)
     gate.resolve()
     expect((await Promise.all(requests)).map(text)).toEqual(Array.from({ length: 100 }, (_, n) => `${n}`))
+    // What the child prints may come later than what it answers.
+    await eventually(() => handled.length + child.unread().length >= 100)
     const all = [...handled, ...child.unread().map(({ handling }) => handling as string)]
     expect(all.sort()).toEqual(Array.from({ length: 100 }, (_, n) => `${n}`).sort())
   })
